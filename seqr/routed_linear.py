@@ -1,0 +1,118 @@
+"""A Linear that adds, to every token, the one permitted adapter that the step's router chooses."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from seqr.errors import SeqrError
+from seqr.plan import Plan
+from seqr.routing.groups import Groups
+from seqr.routing.products import ExactFp32, project
+from seqr.step import BaseOnly, StepMismatch, get_context
+
+
+class ModelMismatch(SeqrError):
+    """A base model without a Linear that the plan names, or with one of another shape."""
+
+    code = "model_mismatch"
+
+
+class RoutedLinear(nn.Module):
+    """y = W x + Q_i R_i z with z = A x and i the router's choice for the token; y = W x where it chooses nobody.
+
+    Reads the current ``StepContext``; without one it raises ``StepMissing``, and with one for another number of tokens
+    ``StepMismatch``: it never guesses who is asking. z and the scores are fp32 whatever the model's dtype; the
+    adapter's share is computed in fp32 and added to y in fp32 (y widened if need be), then rounded once to y's dtype,
+    as peft does in training. Rows with nobody are not touched: they are W x bit for bit.
+    """
+
+    a_t: torch.Tensor
+
+    def __init__(self, base: nn.Linear, a: torch.Tensor, index: int):
+        """``a`` [r, n]: the shared A of this module; ``index``: the module's place in the plan."""
+        super().__init__()
+        self.base = base
+        self.index = index
+        self.register_buffer("a_t", a.detach().to(base.weight.device, torch.float32).T.contiguous(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n] -> [..., m]; all leading dimensions together are the step's T tokens."""
+        step = get_context()
+        y = cast(torch.Tensor, self.base(x))
+        if isinstance(step, BaseOnly):
+            return y
+        flat = x.reshape(-1, x.shape[-1])
+        tokens = flat.shape[0]
+        if tokens != step.tokens:
+            raise StepMismatch(f"the step describes {step.tokens} tokens, but the layer was given {tokens}")
+        if step.idle:
+            return y
+        with ExactFp32(x.device.type):
+            z = project(flat, self.a_t)[:tokens]
+            groups = step.grouped(step.choose(self.index, z))
+            add_adapters(y.view(tokens, -1), z, step.library.stacks[self.index].b_t, groups)
+        return y
+
+
+def add_adapters(y: torch.Tensor, z: torch.Tensor, b_t: Sequence[torch.Tensor], groups: Groups) -> None:
+    """y[t] += z[t] B_i^T in place, for every token t and the adapter i that it is grouped under.
+
+    y [T, m] of any float dtype, z [T, r] fp32, b_t: N tensors [r, m] fp32. One product per adapter in use; on a CPU a
+    token's result does not depend on the size of its group, nor on which other groups there are.
+    """
+    if not groups.runs:
+        return
+    if groups.everything:
+        share = _product(z, b_t[groups.runs[0][0]])
+        if y.dtype == share.dtype:
+            y.add_(share)
+        else:
+            y.copy_(y + share)
+        return
+    sorted_z = z.index_select(0, groups.tokens)
+    share = sorted_z.new_empty(sorted_z.shape[0], y.shape[1])
+    for column, start, end in groups.runs:
+        if end - start > 1:
+            torch.mm(sorted_z[start:end], b_t[column], out=share[start:end])
+        else:
+            share[start:end] = _product(sorted_z[start:end], b_t[column])
+    if y.dtype == share.dtype:
+        y.index_add_(0, groups.tokens, share)
+    else:
+        y.index_copy_(0, groups.tokens, (y.index_select(0, groups.tokens) + share).to(y.dtype))
+
+
+def _product(z: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
+    # One row alone would be a matrix-vector product, which adds in another order than a matrix product.
+    return torch.mm(z, b_t) if z.shape[0] > 1 else torch.mm(z.expand(2, -1), b_t)[:1]
+
+
+def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> dict[str, RoutedLinear]:
+    """Replace the plan's Linears in ``model`` by routed ones; returns them by name, in the plan's order.
+
+    ``a``: the shared A per module (``seqr.shared_a.verify_a``). Turns gradients off for the whole model: this is the
+    serving side. Raises ``ModelMismatch`` before anything is replaced.
+    """
+    linears = {}
+    for spec in plan.modules:
+        try:
+            linear = model.get_submodule(spec.name)
+        except AttributeError:
+            raise ModelMismatch(f"the base model has no module {spec.name}, which plan {plan.plan_id} names") from None
+        if not isinstance(linear, nn.Linear):
+            raise ModelMismatch(f"module {spec.name} must be a Linear, got {type(linear).__name__}")
+        if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+            raise ModelMismatch(
+                f"module {spec.name} is {linear.in_features} to {linear.out_features} in the base model, and "
+                f"{spec.in_features} to {spec.out_features} in plan {plan.plan_id}"
+            )
+        linears[spec.name] = linear
+    model.requires_grad_(False)
+    routed = {}
+    for index, (name, linear) in enumerate(linears.items()):
+        parent, _, child = name.rpartition(".")
+        routed[name] = RoutedLinear(linear, a[name], index)
+        setattr(model.get_submodule(parent), child, routed[name])
+    return routed

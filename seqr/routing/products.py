@@ -1,0 +1,92 @@
+"""The two matrix products of routing: in true fp32, and with bits that no neighbour can change.
+
+A BLAS chooses its kernel, and with it the order in which it adds, by the shape of the product. That order decides the
+last bit of a score, and the last bit can decide a tie. So the shapes here are fixed:
+
+- ``project`` multiplies 16 rows at a time, always 16: a token's z does not depend on who else is in the batch.
+- ``score_product`` multiplies by 64 columns at a time, always 64, and by a multiple of 16 rows, at most 512: an
+  adapter's score depends neither on which other adapters exist nor on its own column, and on CPUs not on the batch.
+
+Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_invariance.py holds this
+for every shape that can occur. On a GPU ``project`` is one product, and a token's z may differ in the last bits between
+batch sizes.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROW_TILE = 16
+COLUMN_BLOCK = 64
+_MAX_ROWS = 512
+
+
+def project(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
+    """z = A x in fp32: x [T, n] of any dtype, a_t [n, r] fp32 (A transposed, contiguous) -> [T', r].
+
+    T' is T rounded up to a multiple of 16; the rows from T on are zero.
+    """
+    tokens, rows = x.shape[0], -(-x.shape[0] // ROW_TILE) * ROW_TILE
+    if x.device.type != "cpu":
+        z = torch.mm(x.to(torch.float32), a_t)
+        return F.pad(z, (0, 0, 0, rows - tokens)) if rows != tokens else z
+    if rows != tokens:
+        padded = x.new_zeros(rows, x.shape[1], dtype=torch.float32)
+        padded[:tokens] = x
+        x = padded
+    elif x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.to(torch.float32).contiguous()
+    if rows == ROW_TILE:
+        return torch.mm(x, a_t)
+    z = a_t.new_empty(rows, a_t.shape[1])
+    for start in range(0, rows, ROW_TILE):
+        torch.mm(x[start : start + ROW_TILE], a_t, out=z[start : start + ROW_TILE])
+    return z
+
+
+def score_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """features [T, F] fp32 by the columns of blocks [N / 64, F, 64] fp32 -> [T, N] fp32."""
+    tokens = features.shape[0]
+    missing = -tokens % ROW_TILE
+    if missing:
+        features = F.pad(features, (0, 0, 0, missing))
+    if features.shape[0] <= _MAX_ROWS and blocks.shape[0] == 1:
+        product = torch.mm(features, blocks[0])
+    else:
+        chunks = torch.split(features, _MAX_ROWS)
+        product = torch.cat([torch.cat([torch.mm(chunk, block) for chunk in chunks]) for block in blocks], dim=1)
+    return product[:tokens]
+
+
+class ExactFp32:
+    """Context in which fp32 products are fp32: no TF32, no bf16 passes, no autocast (``with ExactFp32("cuda"): ...``).
+
+    torch lets a process trade fp32 products for faster, coarser ones (``set_float32_matmul_precision``, ``allow_tf32``,
+    ``torch.autocast``); a router must not inherit that. In bf16 up to 3% of tokens get another adapter.
+    """
+
+    __slots__ = ("_autocast", "_device_type", "_matmul", "_precision")
+
+    def __init__(self, device_type: str):
+        self._device_type = device_type
+        backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+        self._matmul = backend.matmul
+
+    def __enter__(self) -> None:
+        self._precision = self._matmul.fp32_precision
+        if self._precision not in ("none", "ieee"):
+            self._matmul.fp32_precision = "ieee"
+        self._autocast: Any = None
+        if torch.is_autocast_enabled(self._device_type):
+            self._autocast = torch.autocast(self._device_type, enabled=False)
+            self._autocast.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._autocast is not None:
+            self._autocast.__exit__(kind, error, trace)
+        if self._precision not in ("none", "ieee"):
+            self._matmul.fp32_precision = self._precision

@@ -1,0 +1,42 @@
+"""What the settings of silo, coordinator and gateway have in common: a TOML file that the environment may override."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+from seqr.errors import SeqrError
+
+
+class FileSettings(BaseSettings):
+    """Settings from a file, given as keyword arguments; an environment variable wins over the file, and nothing else
+    is read: no ``.env``, no secrets directory.
+    """
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+
+def read_toml(path: Path, refusal: type[SeqrError]) -> dict[str, Any]:
+    """The values of a TOML file. Raises ``refusal`` when it is not UTF-8 or not TOML, ``OSError`` when unreadable."""
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except UnicodeDecodeError:
+        raise refusal(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise refusal(f"{path} is not valid TOML: {error}") from None
+
+
+def wrong_fields(error: ValidationError) -> str:
+    """Each wrong field and why. The values are not repeated: a database URL may hold a password."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
