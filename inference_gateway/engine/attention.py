@@ -1,0 +1,111 @@
+"""Attention over the paged cache in which every sequence reads its own keys and values and nothing else.
+
+The engine's own sdpa path attends over the keys of the *whole batch* under a mask. A masked weight is exactly zero, but
+0 x NaN is NaN: one user's overflow would reach every other user of the batch. Here sequences never meet, and the work
+grows with the sum of the lengths instead of batch size times that sum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+NAME = "seqr_paged"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence with more than one query token: its slice of the flat queries and of the flat keys."""
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+    mask: torch.Tensor | None  # [q, k] bool, None when the sequence has no past
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How one flat batch splits into sequences; made once per step and read by every layer.
+
+    ``singles`` [S] are the flat positions of sequences with one query token; ``single_keys`` [S * K] are their keys,
+    padded to the longest with the sequence's *own* last key, and ``single_mask`` [S, 1, 1, K] hides the padding.
+    """
+
+    spans: tuple[Span, ...]
+    singles: torch.Tensor | None
+    single_keys: torch.Tensor | None
+    single_mask: torch.Tensor | None
+
+
+def plan_attention(query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> AttentionPlan:
+    """Split a flat batch; lengths are per sequence, in batch order, and a key length includes the new tokens."""
+    spans: list[Span] = []
+    singles: list[tuple[int, int, int]] = []
+    q_start = k_start = 0
+    for q_len, k_len in zip(query_lengths, key_lengths, strict=True):
+        if q_len == 1:
+            singles.append((q_start, k_start, k_len))
+        elif q_len > 1:
+            mask = None
+            if k_len > q_len:
+                mask = torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)
+            spans.append(Span(q_start, q_start + q_len, k_start, k_start + k_len, mask))
+        q_start += q_len
+        k_start += k_len
+    if not singles:
+        return AttentionPlan(tuple(spans), None, None, None)
+    flat, starts, lengths = (torch.tensor(column, device=device) for column in zip(*singles, strict=True))
+    reach = torch.arange(int(lengths.max()), device=device)
+    keys = starts[:, None] + torch.minimum(reach[None, :], lengths[:, None] - 1)
+    mask = (reach[None, :] < lengths[:, None])[:, None, None, :]
+    return AttentionPlan(tuple(spans), flat, keys.flatten(), mask)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention per sequence; query [1, H, T, D], new keys and values [1, G, T, D], result [1, T, H, D]."""
+    if kwargs.get("softcap") is not None or hasattr(module, "sinks"):
+        raise ValueError(f"the attention '{NAME}' knows neither soft-capped scores nor attention sinks")
+    plan: AttentionPlan | None = kwargs.get("attention_plan")
+    cache = kwargs.get("cache")
+    if plan is None or cache is None:
+        raise ValueError(f"the attention '{NAME}' runs inside the continuous batch only: no plan or cache was given")
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    heads, groups = query.shape[1], key.shape[1]
+    queries = query[0].transpose(0, 1)
+    out = torch.zeros(queries.shape[0], heads, value.shape[-1], dtype=query.dtype, device=query.device)
+    if plan.singles is not None and plan.single_keys is not None:
+        rows = plan.singles.shape[0]
+        picked = queries.index_select(0, plan.singles).view(rows, groups, heads // groups, -1)
+        k, v = (
+            side[0].transpose(0, 1).index_select(0, plan.single_keys).view(rows, -1, groups, side.shape[-1])
+            for side in (key, value)
+        )
+        answer = functional.scaled_dot_product_attention(
+            picked, k.transpose(1, 2), v.transpose(1, 2), attn_mask=plan.single_mask, scale=scaling
+        )
+        out.index_copy_(0, plan.singles, answer.reshape(rows, heads, -1))
+    for span in plan.spans:
+        k, v = (
+            side[:, :, span.k_start : span.k_end].repeat_interleave(heads // groups, dim=1) for side in (key, value)
+        )
+        answer = functional.scaled_dot_product_attention(
+            query[:, :, span.q_start : span.q_end],
+            k,
+            v,
+            attn_mask=span.mask,
+            is_causal=span.mask is None,
+            scale=scaling,
+        )
+        out[span.q_start : span.q_end] = answer[0].transpose(0, 1)
+    return out.unsqueeze(0), None

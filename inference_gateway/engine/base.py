@@ -1,0 +1,145 @@
+"""The interface between the gateway and whatever generates tokens. Engines know no users and no policy.
+
+An adapter in an engine is immutable and called by its key; a request names the keys it may use, once, when it starts.
+"""
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from seqr.frame import NO_FRAME, Frame
+
+if TYPE_CHECKING:  # neither the policy's side nor the routes need torch to name an engine
+    from seqr.adapter import Adapter
+    from seqr.library import Statistics
+
+
+@dataclass(frozen=True, order=True)
+class AdapterKey:
+    """One revision of one silo; written ``silo@digest`` in logs."""
+
+    silo_id: str
+    revision: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.silo_id}@{self.digest[:16]}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: temperature 0 is greedy; a seed makes a request's own draws repeatable."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt in tokens, how to go on, and the adapters that may shape it. An empty set means the base model alone.
+
+    ``mode``: see ``seqr.step.Segment``; ``frame``: what of the prompt is the same in every conversation.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    adapters: frozenset[AdapterKey]
+    mode: str
+    sampling: Sampling = field(default_factory=Sampling)
+    attribution: bool = False
+    frame: Frame = NO_FRAME
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """New tokens of a request, in order."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many (token, module) choices each silo won; ``answer`` counts the passes that produced an answer token."""
+
+    total: Mapping[str, int]
+    answer: Mapping[str, int]
+    choices: int
+    answer_choices: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a request: ``stop`` (end-of-sequence token) or ``length``."""
+
+    reason: str
+    shares: Shares | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a request by an error; nothing follows it."""
+
+    code: str
+    message: str
+
+
+Event = Tokens | Finished | Failed
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine can hold and holds now."""
+
+    name: str
+    max_model_length: int
+    max_concurrent: int
+    running: int
+    waiting: int
+    adapters: tuple[AdapterKey, ...]
+    library_version: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    alive: bool
+
+
+class StepGuard(Protocol):
+    """Asked by the engine before every step and again before tokens leave it, on the engine's own thread."""
+
+    def withdrawn(self) -> Mapping[str, Failed]:
+        """The running requests that must not have another token, and why. Must not raise; must be quick."""
+
+
+class Engine(Protocol):
+    """Generates tokens under permission sets."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def load(self, key: AdapterKey, adapter: "Adapter", statistics: "Statistics | None") -> int:
+        """Make an adapter usable, atomically between two steps; returns the library version.
+
+        Another revision of the same silo leaves in the same instant, and requests that may have used it fail.
+        """
+        ...
+
+    async def retire(self, key: AdapterKey) -> None:
+        """Let no new request use the adapter, and remove it when the last request that may use it is over."""
+        ...
+
+    async def revoke(self, key: AdapterKey) -> int:
+        """Remove the adapter now; requests that may have used it fail. Returns the library version."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+        """The events of one request, ending with ``Finished`` or ``Failed``. Closing the generator aborts it."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+        ...
+
+    def info(self) -> EngineInfo: ...

@@ -1,0 +1,323 @@
+"""The one file that touches what transformers keeps private about continuous batching (written against 5.23.0).
+
+What is used and why:
+
+- ``ContinuousBatchingManager`` is subclassed: a step runs under inference mode, an error in a step ends the requests of
+  that step instead of the worker, and the attention is ours (``switch_to_cb_friendly_attn`` knows three names only).
+- A forward pre-hook sees ``cu_seq_lens_q`` and ``position_ids`` of the flat batch; ``requests_in_batch`` names its
+  sequences in the same order, in chunked prefill too. ``logits_processor_args`` would not do: it leaves out sequences
+  that get no token in this step.
+- A logits processor at the end of the list draws tokens request by request; the library would sample all alike.
+- The output router hands tokens over on the worker's thread, once per step, before anybody else sees them.
+
+``tests/inference_gateway/test_batching_edge.py`` fails by name when any of it moves.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import transformers
+from transformers import AttentionInterface, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, requests, scheduler
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+
+from inference_gateway.engine import attention
+from inference_gateway.errors import EngineIncompatible, EngineStopped
+from seqr.step import BaseOnly, StepContext, reset_context, set_context
+
+TRANSFORMERS = "5.23.0"
+# A worker that cannot finish a single step is broken; one bad step now and then is not.
+MAX_FAILED_STEPS = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One sequence's tokens in a step: where they begin, how many, and whether the last one predicts a token."""
+
+    request_id: str
+    position: int
+    length: int
+    predicts: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: the slices in the order of the flat batch, which is ``tokens`` long (padding comes last)."""
+
+    slices: tuple[Slice, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request has so far: all its generated tokens, and whether and how it ended."""
+
+    request_id: str
+    generated: Sequence[int]
+    finished: bool
+    error: str | None
+
+
+class Stepper(Protocol):
+    """The engine as the worker's thread calls it. None of this may raise."""
+
+    def begin(self, batch: Batch) -> StepContext | BaseOnly: ...
+
+    def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
+        """Leave in each row of ``logits`` [n, V] fp32 what its argmax is to choose."""
+        ...
+
+    def completed(self) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+    def deliver(self, outputs: Sequence[Output]) -> None: ...
+
+
+class BatchingEdge:
+    """A worker thread that runs the model over whatever requests there are, one step after the other."""
+
+    def __init__(
+        self, model: Any, stepper: Stepper, *, max_requests: int, max_batch_tokens: int, kv_tokens: int, page_size: int
+    ):
+        check_version()
+        kinds = set(cache.group_layers_by_attn_type(model.config.get_text_config()))
+        if kinds != {"full_attention"}:
+            raise EngineIncompatible(
+                f"the base model has layers of {', '.join(sorted(kinds))}; this engine serves full attention only"
+            )
+        self._model = model
+        self._stepper = stepper
+        AttentionInterface.register(attention.NAME, attention.paged_attention)
+        model.set_attn_implementation(attention.NAME)
+        self._manager = _Manager(
+            model=model,
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=page_size,
+                num_blocks=-(-kv_tokens // page_size),
+                max_batch_tokens=max_batch_tokens,
+                max_requests_per_batch=max_requests,
+                max_blocks_per_request=0,
+                # Blocks are shared by the hash of their tokens alone, across users: see research 3.3.
+                allow_block_sharing=False,
+                use_async_batching=False,
+                use_cuda_graph=False,
+                auto_switch_to_flash=False,
+            ),
+        )
+        self._manager.edge = self
+        self._manager.output_router = _Router(self._hand_over)
+        self._manager.logit_processor.logits_processor.append(_Picker(self._pick))
+        self._manager.logit_processor.do_processing = True
+        self._batch: Batch | None = None
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def start(self) -> None:
+        """Start the worker and wait until it has its cache. Raises ``EngineStopped``."""
+        self._manager.start()
+        thread = self._manager._generation_thread
+        while self._manager.batch_processor is None:
+            thread.join(timeout=0.01)
+            if not thread.is_alive():
+                error = self._manager.background_thread_status.fatal_error
+                raise EngineStopped(f"the engine's worker did not start: {error}")
+
+    def stop(self) -> None:
+        """End the worker; requests still running end without another token."""
+        if self._manager.is_running():
+            self._manager.stop(block=True, hard_stop=True)
+        self._hook.remove()
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
+
+    def submit(self, request_id: str, prompt: Sequence[int], max_tokens: int, eos: Sequence[int]) -> None:
+        """Queue a request; raises ``EngineStopped``."""
+        accepted = self._manager.add_request(
+            list(prompt), request_id=request_id, max_new_tokens=max_tokens, streaming=True, eos_token_id=list(eos)
+        )
+        if accepted is None or not self.alive:
+            raise EngineStopped("the engine's worker has stopped; the gateway has to be restarted")
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request before the next step."""
+        self._manager.cancel_request(request_id)
+
+    def drop(self, request_id: str) -> None:
+        """Drop a request so that it is in no further step. Only while paused."""
+        self._manager.batch_processor.scheduler.set_request_cancellation(request_id)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hold the worker between two steps. Raises ``EngineStopped``."""
+        if not self.alive:
+            raise EngineStopped("the engine's worker has stopped; the gateway has to be restarted")
+        with self._manager.pause():
+            yield
+
+    def wipe_cache(self, keep: Sequence[str]) -> None:
+        """Zero every KV block that no request in ``keep`` holds. Only while paused."""
+        for allocator in self._manager.batch_processor.cache.cache_allocators.values():
+            blocks = allocator._copy_view
+            unused = torch.ones(blocks.shape[0], dtype=torch.bool, device=blocks.device)
+            for request_id in keep:
+                unused[allocator.block_table.get(request_id, [])] = False
+            blocks[unused] = 0
+
+    def cached_blocks(self, request_id: str) -> list[int]:
+        """The KV blocks that a request holds now."""
+        allocators = self._manager.batch_processor.cache.cache_allocators.values()
+        return [block for allocator in allocators for block in allocator.block_table.get(request_id, [])]
+
+    def _before_forward(self, _model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "cache" not in kwargs:  # a plain forward pass, not the worker's
+            return args, kwargs
+        pending = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+        starts = kwargs["cu_seq_lens_q"].tolist()
+        positions = kwargs["position_ids"][0].tolist()
+        if [future.query_length for future in pending] != lengths:
+            raise EngineIncompatible(f"the batch has sequences of {lengths} tokens, not those of its requests")
+        slices = tuple(
+            Slice(future.state.request_id, positions[start], length, future.has_new_token)
+            for future, start, length in zip(pending, starts, lengths, strict=False)
+        )
+        self._batch = Batch(slices, kwargs["input_ids"].shape[1])
+        set_context(self._stepper.begin(self._batch))
+        keys = [one.position + one.length for one in slices]
+        kwargs["attention_plan"] = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
+        return args, kwargs
+
+    def _step(self, forward: Callable[[], None]) -> None:
+        try:
+            # Inference mode only on the CPU: there it saves 10% of a step, and nothing outlives the step.
+            with torch.inference_mode(self._model.device.type == "cpu"):
+                forward()
+            self._stepper.completed()
+            self._manager.failed_steps = 0
+        except Exception as error:
+            self._stepper.failed(error)
+            raise _StepFailed from error
+        finally:
+            reset_context()
+            self._batch = None
+
+    def _pick(self, logits: torch.Tensor) -> None:
+        if self._batch is not None:
+            predicting = [one.request_id for one in self._batch.slices if one.predicts]
+            self._stepper.pick(predicting, logits[: len(predicting)])
+
+    def _hand_over(self, outputs: Sequence[Any]) -> None:
+        self._stepper.deliver([Output(o.request_id, o.generated_tokens, o.is_finished(), o.error) for o in outputs])
+
+
+class _StepFailed(Exception):
+    """A step did not finish; its cause has been told to the engine."""
+
+
+class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
+    """The library's worker, made to survive a failed step."""
+
+    edge: BatchingEdge
+    failed_steps = 0
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Keep the attention that was set: the library would refuse a name it does not know."""
+
+    def _generation_step(self) -> None:
+        self.edge._step(super()._generation_step)
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        try:
+            return bool(super()._generation_loop_body(batch_processor, bootstrapping))
+        except _StepFailed as error:
+            log.exception("a step failed; its requests end")
+            batch_processor.handle_batch_error(error)
+        except Exception as error:
+            log.exception("the worker could not prepare or end a step; all requests end")
+            batch_processor.fail_all_requests(error)
+        self.failed_steps += 1
+        if self.failed_steps > MAX_FAILED_STEPS:
+            raise EngineStopped(f"{self.failed_steps} steps failed in a row")
+        return True
+
+
+class _Router(continuous_api.OutputRouter):  # type: ignore[misc]
+    """Hands outputs to one place, on the worker's thread."""
+
+    def __init__(self, sink: Callable[[Sequence[Any]], None]):
+        super().__init__()
+        self._sink = sink
+
+    def deliver(self, output: Any) -> None:
+        self._sink([output])
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        self._sink(outputs)
+
+
+class _Picker:
+    """A logits processor that the library keeps, because it says that it supports continuous batching."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, pick: Callable[[torch.Tensor], None]):
+        self._pick = pick
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._pick(scores)
+        return scores
+
+
+def check_version() -> None:
+    """Raises ``EngineIncompatible`` unless this is the transformers whose private edge is used here."""
+    if transformers.__version__ != TRANSFORMERS:
+        raise EngineIncompatible(
+            f"this gateway drives transformers {TRANSFORMERS}, but {transformers.__version__} is installed; "
+            f"install transformers=={TRANSFORMERS}"
+        )
+
+
+# Everything private that this file and its subclasses rely on, as (owner, name, parameters that must exist).
+PRIVATE_EDGE: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+    (continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", ("model", "auto_switch_to_flash")),
+    (continuous_api.ContinuousBatchingManager, "_generation_step", ()),
+    (continuous_api.ContinuousBatchingManager, "_generation_loop_body", ("batch_processor", "bootstrapping")),
+    (continuous_api.ContinuousBatchingManager, "_create_batch_processor", ()),
+    (continuous_api.ContinuousBatchingManager, "cancel_request", ("request_id",)),
+    (continuous_api.ContinuousBatchingManager, "pause", ()),
+    (continuous_api.OutputRouter, "deliver", ("output",)),
+    (continuous_api.OutputRouter, "deliver_batch", ("outputs",)),
+    (continuous_api.OutputRouter, "fail_and_deliver", ("state", "error")),
+    (continuous_api.ContinuousBatchProcessor, "handle_batch_error", ("error",)),
+    (continuous_api.ContinuousBatchProcessor, "fail_all_requests", ("error",)),
+    (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ("requests_in_batch",)),
+    (cache, "group_layers_by_attn_type", ("config",)),
+    (requests.RequestState, "to_generation_output", ()),
+    (scheduler.Scheduler, "finish_request", ("request_id",)),
+    (scheduler.Scheduler, "set_request_cancellation", ("request_id",)),
+    (FullAttentionCacheAllocator, "get_read_indices", ("request_id", "past_length", "query_length")),
+)
+
+
+def missing_edge() -> list[str]:
+    """The names of private parts that are no longer where this file expects them; empty when all is well."""
+    gone = []
+    for owner, name, parameters in PRIVATE_EDGE:
+        member = getattr(owner, name, None)
+        known = set(inspect.signature(member).parameters) if callable(member) else set()
+        if member is None or not set(parameters) <= known:
+            gone.append(f"{owner.__name__}.{name}({', '.join(parameters)})")
+    if not {"state", "has_new_token", "query_length"} <= set(requests.FutureRequestState.__slots__):
+        gone.append("FutureRequestState.__slots__")
+    return gone

@@ -1,0 +1,133 @@
+"""The running requests as the engine's thread sees them: which adapters, which evidence slot, how far."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from inference_gateway.engine.base import Event, GenerationRequest, Shares, Tokens
+from inference_gateway.engine.sampling import Draw
+from seqr.routing.evidence import Standing
+
+# What the id of the pass that reads a prompt ends with.
+READING = "/reading"
+
+
+@dataclass
+class Sequence:
+    """One request. ``deliver`` hands an event to whoever asked, from any thread, and never blocks.
+
+    ``reading``: the base model reads its prompt and gathers the evidence that becomes ``standing``; the answer begins
+    after that. Both passes are requests of their own to the library, by ``pass_id``.
+    """
+
+    request: GenerationRequest
+    deliver: Callable[[Event], None]
+    draw: Draw | None
+    slot: int | None = None
+    generated: int = 0
+    ended: bool = False
+    reading: bool = False
+    standing: Standing | None = None
+    last_token: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    answer_counts: dict[str, int] = field(default_factory=dict)
+    choices: int = 0
+    answer_choices: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def pass_id(self) -> str:
+        return self.request.request_id + (READING if self.reading else "")
+
+    @property
+    def silos(self) -> frozenset[str]:
+        return frozenset(key.silo_id for key in self.request.adapters)
+
+    @property
+    def shares(self) -> Shares | None:
+        if not self.request.attribution:
+            return None
+        return Shares(dict(self.counts), dict(self.answer_counts), self.choices, self.answer_choices)
+
+
+class SequenceTable:
+    """Requests by id, and the evidence slots they hold. An ended request takes no step and hands out no token.
+
+    A slot is taken when a sequence is first in a batch and given back between steps only, so that no running forward
+    pass ever writes into a slot that belongs to somebody else by then.
+    """
+
+    def __init__(self, slots: int):
+        self._lock = threading.Lock()
+        self._sequences: dict[str, Sequence] = {}
+        self._free = list(range(slots - 1, -1, -1))
+        self._released: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        with self._lock:
+            return iter(list(self._sequences.values()))
+
+    def add(self, sequence: Sequence) -> None:
+        with self._lock:
+            if sequence.request_id in self._sequences:
+                raise ValueError(f"request id {sequence.request_id} is in use")
+            self._sequences[sequence.request_id] = sequence
+
+    def get(self, pass_id: str) -> Sequence | None:
+        """The sequence whose current pass has this id."""
+        with self._lock:
+            sequence = self._sequences.get(pass_id.removesuffix(READING))
+            return sequence if sequence is not None and sequence.pass_id == pass_id else None
+
+    def slot_of(self, sequence: Sequence) -> int | None:
+        """The evidence slot of a sequence, taken now if it has none; None when all are in use."""
+        with self._lock:
+            if sequence.slot is None and self._free:
+                sequence.slot = self._free.pop()
+            return sequence.slot
+
+    def reclaim(self) -> list[int]:
+        """Between steps: the slots of sequences that have ended, free again and to be wiped by the caller."""
+        with self._lock:
+            released, self._released = self._released, []
+            self._free.extend(released)
+            return released
+
+    def has_read(self, sequence: Sequence, standing: Standing) -> None:
+        """End the pass that read the prompt: its slot is free, and nothing that still comes of it counts."""
+        with self._lock:
+            sequence.reading, sequence.standing = False, standing
+            if sequence.slot is not None:
+                self._released.append(sequence.slot)
+                sequence.slot = None
+
+    def end(self, request_id: str, event: Event | None) -> Sequence | None:
+        """End a request, telling its asker ``event`` if given; None if it had ended before. Tokens cannot follow."""
+        with self._lock:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is None:
+                return None
+            sequence.ended = True
+            if sequence.slot is not None:
+                self._released.append(sequence.slot)
+                sequence.slot = None
+            if event is not None:
+                sequence.deliver(event)
+            return sequence
+
+    def hand_out(self, request_id: str, tokens: Iterable[int]) -> None:
+        """Give new tokens to the asker, unless the request has ended."""
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            ids = tuple(tokens)
+            if sequence is None or not ids:
+                return
+            sequence.generated += len(ids)
+            sequence.last_token = ids[-1]
+            sequence.deliver(Tokens(ids))

@@ -1,0 +1,351 @@
+"""The embedded engine: transformers' continuous batching with permission rows and evidence per sequence."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from inference_gateway.engine.base import (
+    AdapterKey,
+    EngineInfo,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    StepGuard,
+    Tokens,
+)
+from inference_gateway.engine.batching_edge import Batch, BatchingEdge, Output, Slice
+from inference_gateway.engine.sampling import draw_of
+from inference_gateway.engine.sequences import Sequence as Running
+from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.errors import EngineStopped
+from seqr.adapter import Adapter
+from seqr.library import Library, PermissionRows, Statistics
+from seqr.plan import Plan
+from seqr.routing.evidence import EvidenceStale, EvidenceState, Standing
+from seqr.step import BaseOnly, Segment, StepContext
+
+log = logging.getLogger(__name__)
+
+REPLACED = Failed("adapter_replaced", "a silo's adapter changed while this answer was being written; ask again")
+BROKEN = Failed("generation_failed", "the answer could not be finished because of an internal error; ask again")
+# Sets that users narrow by hand could fill the table without end; it is rebuilt from the running requests then.
+MAX_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine holds at once. ``kv_tokens``: tokens of KV cache, shared by all running requests."""
+
+    max_concurrent: int = 16
+    max_batch_tokens: int = 256
+    kv_tokens: int = 16_384
+    page_size: int = 32
+    max_model_length: int | None = None
+
+
+class TransformersEngine:
+    """See ``Engine``. ``model`` must be adapted to ``plan`` (``seqr.routed_linear.adapt_model``) and idle."""
+
+    def __init__(
+        self, model: Any, plan: Plan, guard: StepGuard, eos: Sequence[int], limits: EngineLimits | None = None
+    ):
+        limits = limits or EngineLimits()
+        self._plan = plan
+        self._guard = guard
+        self._eos = frozenset(eos)
+        self._limits = limits
+        context = int(model.config.get_text_config().max_position_embeddings)
+        self._max_length = min(context, limits.kv_tokens, limits.max_model_length or context)
+        self._library = Library.empty(plan, model.device)
+        self._rows = PermissionRows(self._library)
+        self._keys: frozenset[AdapterKey] = frozenset()
+        self._retiring: frozenset[AdapterKey] = frozenset()
+        # A cancelled request may sit in one more batch while its successor is already in it.
+        slots = 2 * limits.max_concurrent
+        self._evidence = EvidenceState(len(plan.modules), slots, (), self._library.width, model.device)
+        self._sequences = SequenceTable(slots)
+        self._membership = threading.Lock()
+        self._changing = threading.Lock()
+        self._admission = asyncio.Semaphore(limits.max_concurrent)
+        self._waiting = 0
+        self._step: StepContext | None = None
+        self._batch: Batch | None = None
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._edge = BatchingEdge(
+            model,
+            self,
+            max_requests=limits.max_concurrent,
+            max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
+            kv_tokens=limits.kv_tokens,
+            page_size=limits.page_size,
+        )
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._edge.start)
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._edge.stop)
+        for sequence in self._sequences:
+            self._sequences.end(sequence.request_id, BROKEN)
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            name="transformers",
+            max_model_length=self._max_length,
+            max_concurrent=self._limits.max_concurrent,
+            running=len(self._sequences),
+            waiting=self._waiting,
+            adapters=tuple(sorted(self._keys - self._retiring)),
+            library_version=self._library.version,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            alive=self._edge.alive,
+        )
+
+    # Adapters
+
+    async def load(self, key: AdapterKey, adapter: Adapter, statistics: Statistics | None) -> int:
+        def change(library: Library) -> Library:
+            put = library.replace if key.silo_id in library.silos else library.add
+            return put(key.silo_id, key.revision, adapter, statistics)
+
+        return await asyncio.to_thread(
+            self._change, change, lambda k: {key} | {o for o in k if o.silo_id != key.silo_id}
+        )
+
+    async def revoke(self, key: AdapterKey) -> int:
+        if key not in self._keys:
+            return self._library.version
+        return await asyncio.to_thread(self._change, lambda library: library.remove(key.silo_id), lambda k: k - {key})
+
+    async def retire(self, key: AdapterKey) -> None:
+        with self._membership:
+            self._retiring |= {key}
+        while any(key in sequence.request.adapters for sequence in self._sequences):
+            await asyncio.sleep(0.05)
+        await self.revoke(key)
+
+    def _change(
+        self, change: Callable[[Library], Library], keys_after: Callable[[frozenset[AdapterKey]], Set[AdapterKey]]
+    ) -> int:
+        with self._changing:
+            library = change(self._library)
+            with self._edge.paused(), self._membership:
+                before, self._keys = self._keys, frozenset(keys_after(self._keys))
+                self._retiring &= self._keys
+                self._library = library
+                self._rows = PermissionRows(library)
+                self._evidence.remap(library.columns, library.width)
+                for sequence in self._sequences:
+                    if not sequence.request.adapters <= self._keys:
+                        self._sequences.end(sequence.request_id, REPLACED)
+                        self._edge.drop(sequence.pass_id)
+                if before - self._keys:
+                    # What an adapter has left in the cache goes with it.
+                    self._edge.wipe_cache([sequence.pass_id for sequence in self._sequences])
+        return library.version
+
+    # Requests
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        self._waiting += 1
+        try:
+            await self._admission.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            with self._membership:
+                admitted = request.adapters <= self._keys - self._retiring
+                sequence = Running(request, deliver, draw_of(request.sampling), reading=_must_read(request))
+                if admitted:
+                    self._sequences.add(sequence)
+            if not admitted:
+                yield REPLACED
+                return
+            try:
+                self._submit(sequence)
+                while True:
+                    event = await queue.get()
+                    yield event
+                    if not isinstance(event, Tokens):
+                        return
+            finally:
+                await self.abort(request.request_id)
+        finally:
+            self._admission.release()
+
+    def _submit(self, sequence: Running) -> None:
+        # The library gives at least one token; of a prompt that is only read it is thrown away.
+        tokens = 1 if sequence.reading else sequence.request.max_tokens
+        self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(self._eos))
+
+    async def abort(self, request_id: str) -> None:
+        self._end(request_id, None)
+
+    def _end(self, request_id: str, why: Failed | None) -> None:
+        sequence = self._sequences.end(request_id, why)
+        if sequence is not None:
+            self._edge.cancel(sequence.pass_id)
+
+    # The worker's thread. Ids here are those of passes, except in ``_enforce``.
+
+    def _end_pass(self, pass_id: str, why: Failed) -> None:
+        sequence = self._sequences.get(pass_id)
+        if sequence is not None:
+            self._end(sequence.request_id, why)
+
+    def begin(self, batch: Batch) -> StepContext | BaseOnly:
+        """The permissions and evidence of a step. Whatever is in doubt gets row 0 and its request ends."""
+        self._batch, self._step = batch, None
+        try:
+            for slot in self._sequences.reclaim():
+                self._evidence.free(slot)
+            self._enforce()
+            if self._rows.table.shape[0] > MAX_ROWS:
+                self._rows = PermissionRows(self._library)
+            segments = [self._segment(one) for one in batch.slices]
+            self._step = StepContext(self._rows, segments, self._evidence, batch.tokens)
+        except Exception:
+            log.exception("no step context could be made; the step runs without adapters and its requests end")
+            for one in batch.slices:
+                self._end_pass(one.request_id, BROKEN)
+            return BaseOnly()
+        return self._step
+
+    def _segment(self, one: Slice) -> Segment:
+        nobody = Segment(0, one.position, one.length, -1, "per_token")
+        sequence = self._sequences.get(one.request_id)
+        if sequence is None or sequence.ended:
+            return nobody
+        if not sequence.request.adapters <= self._keys:
+            self._end_pass(one.request_id, REPLACED)
+            return nobody
+        row = 0 if sequence.reading else self._rows.row_for(sequence.silos)
+        mode, standing = sequence.request.mode, sequence.standing
+        if mode == "per_token":
+            return Segment(row, one.position, one.length, mode=mode)
+        if mode == "prompt_evidence" and not sequence.reading:
+            return Segment(row, one.position, one.length, mode=mode, standing=standing or Standing({}))
+        slot = self._sequences.slot_of(sequence)
+        try:
+            if slot is None:
+                raise EvidenceStale("all evidence slots are in use")
+            self._evidence.check(slot, one.position)
+        except EvidenceStale:
+            log.exception("request %s ends: its evidence does not continue", one.request_id)
+            self._end_pass(one.request_id, BROKEN)
+            return nobody
+        return Segment(row, one.position, one.length, slot, "evidence", sequence.request.frame)
+
+    def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
+        best = logits.max(dim=1).values.tolist()
+        for row, request_id in enumerate(request_ids):
+            sequence = self._sequences.get(request_id)
+            if sequence is None:
+                continue
+            if not abs(best[row]) < float("inf"):
+                log.error("request %s ends: its logits are not finite", request_id)
+                self._end_pass(request_id, BROKEN)
+            elif sequence.draw is not None:
+                token = sequence.draw.token(logits[row])
+                logits[row].fill_(-float("inf"))
+                logits[row, token] = 0.0
+
+    def completed(self) -> None:
+        step, batch, self._step, self._batch = self._step, self._batch, None, None
+        if step is None or batch is None:
+            return
+        step.finish()
+        self._steps += 1
+        self._attribute(step, batch)
+
+    def failed(self, error: Exception) -> None:
+        batch, self._step, self._batch = self._batch, None, None
+        for one in batch.slices if batch is not None else ():
+            self._end_pass(one.request_id, BROKEN)
+
+    def deliver(self, outputs: Sequence[Output]) -> None:
+        # The policy may have changed during the step: what it computed must not leave then.
+        self._enforce()
+        for output in outputs:
+            sequence = self._sequences.get(output.request_id)
+            if sequence is None:
+                continue
+            if sequence.reading:
+                self._go_on(sequence, output)
+                continue
+            fresh = output.generated[sequence.generated :]
+            if sequence.generated == 0 and fresh:
+                self._prompt_tokens += len(sequence.request.prompt)
+            self._generated_tokens += len(fresh)
+            self._sequences.hand_out(sequence.request_id, fresh)
+            if output.error is not None:
+                self._sequences.end(sequence.request_id, BROKEN)
+            elif output.finished:
+                reason = "stop" if sequence.last_token in self._eos else "length"
+                self._sequences.end(sequence.request_id, Finished(reason, sequence.shares))
+
+    def _go_on(self, sequence: Running, output: Output) -> None:
+        """From reading the prompt to answering it."""
+        if output.error is not None or sequence.slot is None:
+            self._sequences.end(sequence.request_id, BROKEN)
+        elif output.finished:
+            adapters = {(key.silo_id, key.revision) for key in sequence.request.adapters}
+            self._sequences.has_read(sequence, self._evidence.standing(sequence.slot, adapters))
+            try:
+                self._submit(sequence)
+            except EngineStopped:
+                self._sequences.end(sequence.request_id, BROKEN)
+            if sequence.ended:  # by its asker, meanwhile
+                self._edge.cancel(sequence.pass_id)
+
+    def _enforce(self) -> None:
+        try:
+            withdrawn: Mapping[str, Failed] = self._guard.withdrawn()
+        except Exception:
+            log.exception("the policy cannot be read; every request that uses a silo ends")
+            withdrawn = {s.request_id: BROKEN for s in self._sequences if s.request.adapters}
+        for request_id, why in withdrawn.items():
+            self._end(request_id, why)
+
+    def _attribute(self, step: StepContext, batch: Batch) -> None:
+        asked = [(index, self._sequences.get(one.request_id)) for index, one in enumerate(batch.slices)]
+        wanted = {i: s for i, s in asked if s is not None and s.request.attribution and not s.reading}
+        if not wanted:
+            return
+        counts, start = step.choice_counts(), 0
+        for index, one in enumerate(batch.slices):
+            sequence = wanted.get(index)
+            if sequence is not None:
+                part = counts[start : start + one.length]
+                first_answer = max(0, len(sequence.request.prompt) - 1 - one.position)
+                modules = len(self._plan.modules)
+                sequence.choices += one.length * modules
+                sequence.answer_choices += max(0, one.length - first_answer) * modules
+                _add(sequence.counts, step.library.silos, part.sum(0).tolist())
+                _add(sequence.answer_counts, step.library.silos, part[first_answer:].sum(0).tolist())
+            start += one.length
+
+
+def _must_read(request: GenerationRequest) -> bool:
+    """Whether the prompt has to be read first: not where there is nothing to choose between."""
+    return request.mode == "prompt_evidence" and len(request.adapters) > 1
+
+
+def _add(counts: dict[str, int], silos: Sequence[str], totals: Sequence[int]) -> None:
+    for silo, total in zip(silos, totals, strict=False):
+        if total:
+            counts[silo] = counts.get(silo, 0) + int(total)

@@ -1,0 +1,68 @@
+"""What can go wrong in the gateway, one class per rule. Routes map families to HTTP statuses, not single classes."""
+
+from seqr.errors import SeqrError
+
+
+class GatewayError(SeqrError):
+    """An error of the gateway."""
+
+    code = "gateway_error"
+
+
+class SettingsInvalid(GatewayError):
+    """A setting is missing or unusable; the gateway does not start."""
+
+    code = "settings_invalid"
+
+
+class EngineIncompatible(GatewayError):
+    """The installed transformers is not the one whose private edge this gateway was written against."""
+
+    code = "engine_incompatible"
+
+
+class EngineStopped(GatewayError):
+    """The engine's worker is gone: nothing can be generated until the gateway is restarted."""
+
+    code = "engine_stopped"
+
+
+class NotReady(GatewayError):
+    """The gateway has not loaded its library yet."""
+
+    code = "not_ready"
+
+
+class BaseModelMismatch(GatewayError):
+    """The base model on this machine is not the one the plan was made for."""
+
+    code = "base_model_mismatch"
+
+
+class GatewayKeyNotInPlan(GatewayError):
+    """Nothing is sealed for this gateway under the current plan."""
+
+    code = "gateway_key_not_in_plan"
+
+
+class CoordinatorUnreachable(GatewayError):
+    """The coordinator did not answer, or not as a coordinator does."""
+
+    code = "coordinator_unreachable"
+
+
+class CoordinatorRefused(GatewayError):
+    """The coordinator answered with an error of its own."""
+
+    code = "coordinator_refused"
+
+    def __init__(self, message: str, status: int, remote_code: str):
+        super().__init__(message)
+        self.status = status
+        self.remote_code = remote_code
+
+
+class BundleDigestMismatch(GatewayError):
+    """The bytes that arrived are not the sealed bundle that the coordinator registered."""
+
+    code = "bundle_digest_mismatch"

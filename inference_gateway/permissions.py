@@ -1,0 +1,88 @@
+"""Who may use which silo, when a request begins and before every step after that."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from inference_gateway.engine.base import Failed
+from policy.decision import Decision
+from policy.errors import PolicyError
+from policy.keys import Principal
+from policy.reader import PolicyReader
+
+REVOKED = Failed(
+    "permission_revoked", "the permission for a silo that this answer may draw on has ended; ask again without it"
+)
+UNREADABLE = Failed(
+    "policy_unavailable", "the policy cannot be read, so nothing that depends on a permission can go on; try again"
+)
+
+
+@dataclass
+class _Watched:
+    user_id: str
+    silos: frozenset[str]
+    decision: Decision
+    lost: Failed | None = None
+
+
+class Permissions:
+    """Decides through the policy's reader, and tells the engine which running requests have lost a silo.
+
+    A request that lost a silo stays lost until it is over, even when the silo is granted again meanwhile: the engine
+    may not have it in a batch yet. When the policy cannot be read, every request that may use a silo is lost.
+    """
+
+    def __init__(self, reader: PolicyReader, clock: Callable[[], datetime] = lambda: datetime.now(UTC)):
+        self._reader = reader
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._watched: dict[str, _Watched] = {}
+
+    def authenticate(self, presented: str) -> Principal:
+        """Whose key this is. Raises KeyUnknown, KeyRevoked, KeyExpired, UserDisabled or ScopeMissing."""
+        principal = self._reader.authenticate(presented, self._clock())
+        principal.require("chat")
+        return principal
+
+    def decide(self, user_id: str) -> Decision:
+        """The silos the user may use now; raises PolicyError when the policy cannot be read."""
+        return self._reader.permitted(user_id, self._clock())
+
+    @contextmanager
+    def watching(self, request_id: str, decision: Decision, silos: frozenset[str]) -> Iterator[None]:
+        """While open, the request is withdrawn as soon as its user may no longer use all of ``silos``."""
+        with self._lock:
+            self._watched[request_id] = _Watched(decision.user_id, silos, decision)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._watched[request_id]
+
+    def withdrawn(self) -> Mapping[str, Failed]:
+        """The requests that must not go on, by id. Reads the policy version; decides anew only when it has to."""
+        with self._lock:
+            watched = {request_id: one for request_id, one in self._watched.items() if one.silos}
+        try:
+            self._refresh([one for one in watched.values() if one.lost is None])
+        except PolicyError:
+            for one in watched.values():
+                one.lost = one.lost or UNREADABLE
+        return {request_id: one.lost for request_id, one in watched.items() if one.lost is not None}
+
+    def _refresh(self, watched: list[_Watched]) -> None:
+        if not watched:
+            return
+        now, version = self._clock(), self._reader.version()
+        decided: dict[str, Decision] = {}
+        for one in watched:
+            if one.decision.still_holds(version, now):
+                continue
+            if one.user_id not in decided:
+                decided[one.user_id] = self._reader.permitted(one.user_id, now)
+            one.decision = decided[one.user_id]
+            if not one.silos <= set(one.decision.silos):
+                one.lost = REVOKED

@@ -1,0 +1,200 @@
+"""Everything one gateway holds while it runs, and the order in which it comes up."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inference_gateway.coordinator_client import CoordinatorClient
+from inference_gateway.engine.base import AdapterKey, Engine
+from inference_gateway.errors import (
+    BaseModelMismatch,
+    CoordinatorRefused,
+    CoordinatorUnreachable,
+    GatewayKeyNotInPlan,
+    NotReady,
+    SettingsInvalid,
+)
+from inference_gateway.intake import Intake
+from inference_gateway.permissions import Permissions
+from inference_gateway.public_text import calibration_texts, chat_frame
+from inference_gateway.settings import Settings
+from policy.db import create_engine_for
+from policy.keys import load_pepper
+from policy.reader import PolicyReader
+from seqr.canonical import canonical_json, sha256_hex
+from seqr.errors import SeqrError
+from seqr.frame import ChatFrame
+from seqr.keys import SealingKey, SigningKey, VerifyKey
+from seqr.plan import Plan, verify_plan
+
+log = logging.getLogger(__name__)
+
+MAX_API_KEY_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What requests need once the model is loaded."""
+
+    plan: Plan
+    engine: Engine
+    tokenizer: Any
+    intake: Intake
+    # What every conversation begins and ends with: no evidence of anything.
+    frame: ChatFrame
+
+    def resident(self) -> Mapping[str, AdapterKey]:
+        """The adapters that new requests can use, by silo."""
+        return {key.silo_id: key for key in self.engine.info().adapters}
+
+    def library_version(self, keys: frozenset[AdapterKey]) -> str:
+        """A digest over what a caller may use and nothing else, so that it says nothing about other silos."""
+        used = [[key.silo_id, key.revision, key.digest] for key in sorted(keys)]
+        return sha256_hex(canonical_json({"plan": self.plan.plan_id, "adapters": used}))[:16]
+
+
+class Service:
+    """One gateway. ``start`` returns at once; ``serving`` is there when model, engine and first intake pass are."""
+
+    def __init__(self, settings: Settings, client: CoordinatorClient | None = None):
+        self.settings = settings
+        self._client = client or CoordinatorClient(
+            settings.coordinator_url, _read_api_key(settings.coordinator_key_file), settings.coordinator_ca_file
+        )
+        self._coordinator_key = VerifyKey.from_b64(settings.coordinator_public_key)
+        self._sealing_key = SealingKey.load(settings.sealing_key_file)
+        self._signing_key = SigningKey.load(settings.signing_key_file)
+        self._database = create_engine_for(settings.policy_database_url)
+        self._reader = PolicyReader(self._database, load_pepper(settings.policy_pepper_file))
+        self.permissions = Permissions(self._reader)
+        self._serving: Serving | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.failure: SeqrError | None = None
+        self.waiting_for: str = "the coordinator's plan"
+        self.failed = asyncio.Event()
+
+    def start(self) -> None:
+        self._tasks.append(asyncio.create_task(self._come_up(), name="gateway start"))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._serving is not None:
+            await self._serving.engine.stop()
+        await self._client.aclose()
+        self._reader.close()
+        self._database.dispose()
+
+    @property
+    def serving(self) -> Serving:
+        """Raises NotReady until model and engine are there and every active revision has been seen to."""
+        problem = self.problem()
+        if self._serving is None or problem is not None:
+            raise NotReady(f"the gateway is not ready: {problem or self.waiting_for}")
+        return self._serving
+
+    def problem(self) -> str | None:
+        """Why the gateway cannot serve now; None when it can."""
+        if self.failure is not None:
+            return f"{self.failure.code}: {self.failure}"
+        if self._serving is None:
+            return f"it waits for {self.waiting_for}"
+        if not self._serving.engine.info().alive:
+            return "the engine's worker has stopped"
+        if not self._serving.intake.status.settled:
+            return f"it waits for the active revisions ({self._serving.intake.status.last_error or 'loading'})"
+        return None
+
+    async def _come_up(self) -> None:
+        try:
+            plan = await self._plan()
+            self.waiting_for = "the base model"
+            serving = await asyncio.to_thread(self._build, plan)
+            await serving.engine.start()
+            self._serving = serving
+            self._tasks.append(
+                asyncio.create_task(serving.intake.run(self.settings.poll_seconds), name="gateway intake")
+            )
+        except SeqrError as error:
+            log.error("the gateway cannot start: %s: %s", error.code, error)
+            self.failure = error
+            self.failed.set()
+
+    async def _plan(self) -> Plan:
+        """The current plan, verified. Waits for the coordinator; a plan that does not verify is an error at once."""
+        told = ""
+        while True:
+            try:
+                return verify_plan(await self._client.plan(), self._coordinator_key)
+            except (CoordinatorUnreachable, CoordinatorRefused) as error:
+                self.waiting_for = f"the coordinator's plan ({error})"
+                if told != str(error):
+                    log.warning("the gateway waits: %s", error)
+                told = str(error)
+            await asyncio.sleep(self.settings.poll_seconds)
+
+    def _build(self, plan: Plan) -> Serving:
+        import torch
+
+        from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+        from seqr.models import base_model_digest, load_base_model
+        from seqr.public_calibration import collect_z
+        from seqr.routed_linear import adapt_model
+        from seqr.shared_a import verify_a
+
+        settings = self.settings
+        if self._sealing_key.public.to_b64() not in {key.sealing_key for key in plan.gateway_keys}:
+            raise GatewayKeyNotInPlan(
+                f"plan {plan.plan_id} does not name this gateway's key {self._sealing_key.public.key_id}; "
+                f"make a plan with {settings.public_key_file.name}"
+            )
+        path = settings.base_model
+        if path is None:
+            raise SettingsInvalid("base_model must be set")
+        digest = base_model_digest(path)
+        if digest != plan.base_model_digest:
+            raise BaseModelMismatch(
+                f"the base model at {path} has digest {digest}, plan {plan.plan_id} was made for "
+                f"{plan.base_model_digest} ({plan.base_model})"
+            )
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        a = verify_a(plan)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load_base_model(path, getattr(torch, plan.dtype), "sdpa")
+        model.to(device)
+        self.waiting_for = "calibration on public text"
+        z = collect_z(model, calibration_texts(tokenizer), plan, a)
+        adapt_model(model, plan, a)
+        limits = EngineLimits(
+            settings.max_concurrent,
+            settings.max_batch_tokens,
+            settings.kv_tokens,
+            max_model_length=settings.max_model_length,
+        )
+        engine = TransformersEngine(model, plan, self.permissions, _eos(model, tokenizer), limits)
+        self.waiting_for = "the engine"
+        intake = Intake(self._client, engine, plan, self._sealing_key, self._signing_key, z)
+        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer))
+
+
+def _eos(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the model's and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    return sorted(token for token in found if token is not None)
+
+
+def _read_api_key(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            key = file.read(MAX_API_KEY_BYTES).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise SettingsInvalid(f"coordinator_key_file {path} cannot be read; put the gateway's API key there") from None
+    if not key:
+        raise SettingsInvalid(f"coordinator_key_file {path} is empty; put the gateway's API key there")
+    return key

@@ -1,0 +1,100 @@
+"""The gateway's settings, read from ``gateway.toml``; ``SEQR_GATEWAY_*`` variables win over it."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import SettingsConfigDict
+
+from inference_gateway.errors import SettingsInvalid
+from seqr.settings import FileSettings, read_toml, wrong_fields
+
+CONFIG_NAME = "gateway.toml"
+# What `serve` cannot do without, and `init` need not know yet.
+REQUIRED = ("coordinator_url", "coordinator_public_key", "policy_database_url", "base_model")
+
+
+class Settings(FileSettings):
+    """Settings of one gateway. Relative paths are relative to ``directory``, which also holds the keys."""
+
+    model_config = SettingsConfigDict(env_prefix="SEQR_GATEWAY_", extra="forbid", frozen=True)
+
+    directory: Path
+    coordinator_url: str = ""
+    coordinator_ca_file: Path | None = None
+    # The file with this gateway's API key at the coordinator (scope gateway).
+    coordinator_key_file: Path = Path("coordinator-api.key")
+    # The coordinator's Ed25519 key, base64: the only signature that makes a plan a plan.
+    coordinator_public_key: str = ""
+    policy_database_url: str = ""
+    policy_pepper_file: Path = Path("policy.pepper")
+    base_model: Path | None = None
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
+    poll_seconds: float = Field(default=0.5, gt=0)
+
+    max_concurrent: int = Field(default=16, ge=1, le=1024)
+    # Requests that wait for one of the places; beyond them the gateway answers 503 at once.
+    max_waiting: int = Field(default=256, ge=0)
+    max_batch_tokens: int = Field(default=256, ge=1)
+    kv_tokens: int = Field(default=16_384, ge=64)
+    max_model_length: int | None = Field(default=None, ge=1)
+    default_max_tokens: int = Field(default=512, ge=1)
+    # Processor threads of the engine; unset leaves the choice to torch.
+    threads: int | None = Field(default=None, ge=1)
+
+    def model_post_init(self, _context: Any) -> None:
+        directory = self.directory.expanduser().absolute()
+        object.__setattr__(self, "directory", directory)
+        for name in (
+            "coordinator_ca_file", "coordinator_key_file", "policy_pepper_file", "base_model", "ssl_certfile",
+            "ssl_keyfile",
+        ):  # fmt: skip
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else directory / path.expanduser())
+
+    @property
+    def config_file(self) -> Path:
+        return self.directory / CONFIG_NAME
+
+    @property
+    def sealing_key_file(self) -> Path:
+        return self.directory / "sealing.key"
+
+    @property
+    def signing_key_file(self) -> Path:
+        return self.directory / "signing.key"
+
+    @property
+    def public_key_file(self) -> Path:
+        return self.directory / "gateway-key.json"
+
+
+def load_settings(directory: str | Path, **overrides: Any) -> Settings:
+    """Read ``gateway.toml`` in ``directory`` if it is there. Raises SettingsInvalid naming the field."""
+    folder = Path(directory)
+    path = folder / CONFIG_NAME
+    values = read_toml(path, SettingsInvalid) if path.exists() else {}
+    try:
+        return Settings(**{**values, "directory": folder, **overrides})
+    except ValidationError as error:
+        raise SettingsInvalid(f"the gateway's settings are wrong: {wrong_fields(error)}") from None
+
+
+def require_complete(settings: Settings) -> None:
+    """Raises SettingsInvalid naming every setting that `serve` needs and that is not there."""
+    missing = [name for name in REQUIRED if not getattr(settings, name)]
+    if missing:
+        raise SettingsInvalid(
+            f"{', '.join(missing)} must be set in {settings.config_file} or as SEQR_GATEWAY_{missing[0].upper()}"
+        )
+    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
+        raise SettingsInvalid("ssl_certfile and ssl_keyfile belong together, got only one of them")
+    if not settings.signing_key_file.exists():
+        raise SettingsInvalid(
+            f"{settings.directory} holds no gateway; run `seqr gateway init --dir {settings.directory}`"
+        )

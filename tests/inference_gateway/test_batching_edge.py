@@ -1,0 +1,120 @@
+"""The private edge of transformers: if any of it moves, one of these fails and says what."""
+
+import asyncio
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.generation.continuous_batching import continuous_api, input_outputs
+
+from inference_gateway.engine import batching_edge
+from inference_gateway.engine.base import Failed, Finished
+from inference_gateway.engine.transformers_engine import TransformersEngine
+from inference_gateway.errors import EngineIncompatible
+from seqr.models import load_base_model
+from seqr.plan import Plan
+from tests.inference_gateway.support import OpenGuard, ask, build_engine, prompts, resident, run
+
+
+def test_the_installed_transformers_is_the_one_the_edge_was_written_against() -> None:
+    batching_edge.check_version()
+
+
+def test_another_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    with pytest.raises(EngineIncompatible, match=r"5\.23\.0.*5\.24\.0"):
+        batching_edge.check_version()
+
+
+def test_a_model_with_sliding_windows_is_refused_by_name(model_dir: Path, plan: Plan) -> None:
+    model, _ = load_base_model(model_dir, torch.float32, "sdpa")
+    model.config.sliding_window = 64
+    with pytest.raises(EngineIncompatible, match="sliding_attention"):
+        TransformersEngine(model, plan, OpenGuard(), [2])
+
+
+def test_every_private_name_is_where_the_edge_expects_it() -> None:
+    assert batching_edge.missing_edge() == []
+
+
+def test_a_moved_name_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(continuous_api.ContinuousBatchingManager, "_generation_loop_body")
+    assert batching_edge.missing_edge() == [
+        "ContinuousBatchingManager._generation_loop_body(batch_processor, bootstrapping)"
+    ]
+
+
+def test_the_worker_still_works_in_the_order_the_edge_relies_on() -> None:
+    """Tokens are handed over after the step; pauses and cancellations take effect before the next."""
+    body = inspect.getsource(continuous_api.ContinuousBatchingManager._generation_loop_body)
+    assert body.index("prepare_next_batch()") < body.index("self._generation_step()") < body.index("update_batch()")
+    prepare = inspect.getsource(continuous_api.ContinuousBatchProcessor.prepare_next_batch)
+    order = ["_update_tp_group_state()", "clear_cancelled_requests()", "schedule_batch(", "prepare_batch_tensors("]
+    assert [prepare.index(step) for step in order] == sorted(prepare.index(step) for step in order)
+    tensors = inspect.getsource(input_outputs.ContinuousBatchingIOs.prepare_batch_tensors)
+    assert "for i, future_state in enumerate(requests_in_batch)" in tensors  # cu_seq_lens_q follows this order
+
+
+def test_a_batch_is_described_to_the_engine_as_it_is(model_dir: Path, plan: Plan) -> None:
+    """Chunked prefill mixed with decoding: positions continue, lengths add up, only complete prompts predict."""
+    texts = [text * 2 for text in prompts(4, seed=3)] + [[5], [6]]
+
+    async def serve() -> list[batching_edge.Batch]:
+        engine = build_engine(model_dir, plan, max_batch_tokens=16, max_concurrent=6)
+        seen: list[batching_edge.Batch] = []
+        begin = engine.begin
+        engine.begin = lambda batch: (seen.append(batch), begin(batch))[1]  # type: ignore[method-assign]
+        await engine.start()
+        await asyncio.gather(*(ask(engine, f"r{i}", text, [], max_tokens=4) for i, text in enumerate(texts)))
+        await engine.stop()
+        return seen
+
+    seen = run(serve())
+    position = dict.fromkeys((f"r{i}" for i in range(len(texts))), 0)
+    for batch in seen:
+        assert batch.tokens == sum(one.length for one in batch.slices) <= 16
+        for one in batch.slices:
+            assert one.position == position[one.request_id]
+            position[one.request_id] += one.length
+            assert one.predicts == (position[one.request_id] >= len(texts[int(one.request_id[1:])]))
+    assert max(len(batch.slices) for batch in seen) > 1
+    assert any({one.predicts for one in batch.slices} == {True, False} for batch in seen)
+
+
+def test_a_failed_step_ends_its_requests_and_the_worker_goes_on(model_dir: Path, plan: Plan) -> None:
+    async def serve() -> tuple[Failed | Finished | None, Failed | Finished | None, bool]:
+        engine = build_engine(model_dir, plan)
+        one = resident(plan, "alpha", 1)
+        await engine.start()
+        await engine.load(one.key, one.adapter, one.statistics)
+        layer = engine._edge._model.model.layers[1].mlp
+        broken = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+        first = await ask(engine, "broken", prompts(1)[0], [one.key])
+        broken.remove()
+        second = await ask(engine, "whole", prompts(1)[0], [one.key])
+        alive = engine.info().alive
+        await engine.stop()
+        return first.end, second.end, alive
+
+    first, second, alive = run(serve())
+    assert isinstance(first, Failed) and first.code == "generation_failed"
+    assert "ZeroDivision" not in first.message
+    assert isinstance(second, Finished) and alive
+
+
+def test_a_worker_that_cannot_finish_any_step_is_reported_dead(model_dir: Path, plan: Plan) -> None:
+    async def serve() -> bool:
+        engine = build_engine(model_dir, plan)
+        await engine.start()
+        engine._edge._model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        for i in range(batching_edge.MAX_FAILED_STEPS + 1):
+            await ask(engine, f"r{i}", [5], [])
+        for _ in range(100):
+            if not engine.info().alive:
+                break
+            await asyncio.sleep(0.02)
+        return engine.info().alive
+
+    assert run(serve()) is False

@@ -1,0 +1,299 @@
+"""Swaps, revocations, cancellation and slots, with requests running."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from inference_gateway.engine.base import Failed, Finished, GenerationRequest, Tokens
+from inference_gateway.engine.transformers_engine import TransformersEngine
+from seqr.plan import Plan
+from tests.inference_gateway.support import (
+    OpenGuard,
+    Reference,
+    Resident,
+    ask,
+    prompts,
+    random_adapter,
+    resident,
+    serve,
+)
+
+LONG = 60
+
+
+async def first_tokens(
+    engine: TransformersEngine, request_id: str, adapters: Any, count: int = 3
+) -> tuple[Any, list[int]]:
+    """Start a long request and wait for its first tokens."""
+    request = GenerationRequest(request_id, tuple(prompts(1)[0]), LONG, frozenset(adapters), "prompt_evidence")
+    events, tokens = engine.generate(request), []
+    async for event in events:
+        assert isinstance(event, Tokens)
+        tokens.extend(event.ids)
+        if len(tokens) >= count:
+            break
+    return events, tokens
+
+
+async def rest_of(events: Any) -> tuple[list[int], Any]:
+    tokens: list[int] = []
+    async for event in events:
+        if not isinstance(event, Tokens):
+            return tokens, event
+        tokens.extend(event.ids)
+    raise AssertionError("the stream ended without an end")
+
+
+@pytest.fixture
+def alpha(plan: Plan) -> Resident:
+    return resident(plan, "alpha", 1)
+
+
+@pytest.fixture
+def beta(plan: Plan) -> Resident:
+    return resident(plan, "beta", 2)
+
+
+def test_loading_an_adapter_leaves_running_requests_as_they_were(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    async def use(engine: TransformersEngine) -> tuple[list[int], Any]:
+        events, tokens = await first_tokens(engine, "running", [alpha.key])
+        await engine.load(beta.key, beta.adapter, beta.statistics)
+        rest, end = await rest_of(events)
+        return tokens + rest, end
+
+    tokens, end = serve(model_dir, plan, use, [alpha])
+    assert isinstance(end, Finished)
+    assert tokens == Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence", LONG)
+
+
+def test_a_new_revision_ends_requests_of_the_old_one_and_serves_new_ones(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    newer = resident(plan, "alpha", 9, revision=2)
+
+    async def use(engine: TransformersEngine) -> Any:
+        old, _ = await first_tokens(engine, "old", [alpha.key])
+        other, head = await first_tokens(engine, "other", [beta.key])
+        await engine.load(newer.key, newer.adapter, newer.statistics)
+        _, end = await rest_of(old)
+        rest, other_end = await rest_of(other)
+        named_old = await ask(engine, "names the old one", prompts(1)[0], [alpha.key])
+        fresh = await ask(engine, "fresh", prompts(1)[0], [newer.key])
+        return end, head + rest, other_end, named_old, fresh
+
+    end, other, other_end, named_old, fresh = serve(model_dir, plan, use, [alpha, beta])
+    assert isinstance(end, Failed) and end.code == "adapter_replaced"
+    assert isinstance(other_end, Finished)
+    assert other == Reference(model_dir, plan, [beta]).answer(prompts(1)[0], ["beta"], "prompt_evidence", LONG)
+    assert named_old.end == end and named_old.tokens == []
+    assert fresh.tokens == Reference(model_dir, plan, [newer]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
+
+
+def test_a_revoked_adapter_ends_its_requests_and_leaves_the_library_and_the_cache(
+    model_dir: Path, plan: Plan, alpha: Resident
+) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        events, _ = await first_tokens(engine, "running", [alpha.key])
+        before = engine.info().library_version
+        version = await engine.revoke(alpha.key)
+        count = engine.info().generated_tokens
+        _, end = await rest_of(events)
+        cache = engine._edge._manager.batch_processor.cache.cache_tensor
+        return engine.info().generated_tokens - count, end, before, version, engine.info(), int(cache.count_nonzero())
+
+    late, end, before, version, info, left = serve(model_dir, plan, use, [alpha])
+    assert isinstance(end, Failed) and end.code == "adapter_replaced" and late == 0
+    assert version == before + 1 == info.library_version and info.adapters == ()
+    assert left == 0
+
+
+def test_a_retiring_adapter_takes_no_new_request_and_leaves_after_the_last(
+    model_dir: Path, plan: Plan, alpha: Resident
+) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        events, _ = await first_tokens(engine, "running", [alpha.key])
+        retiring = asyncio.create_task(engine.retire(alpha.key))
+        await asyncio.sleep(0)
+        late = await ask(engine, "late", prompts(1)[0], [alpha.key])
+        _, end = await rest_of(events)
+        await retiring
+        return late.end, end, engine.info().adapters
+
+    late, end, adapters = serve(model_dir, plan, use, [alpha])
+    assert isinstance(late, Failed) and isinstance(end, Finished) and adapters == ()
+
+
+def test_no_token_follows_a_withdrawal(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    guard = OpenGuard()
+    gone = Failed("permission_revoked", "gone")
+
+    async def use(engine: TransformersEngine) -> Any:
+        events, _ = await first_tokens(engine, "running", [alpha.key])
+        # Tokens that were handed out before are drained; the withdrawal is complete when the guard has been asked.
+        guard.lost = {"running": gone}
+        asked = guard.asked
+        while guard.asked < asked + 2 and engine.info().running:
+            await asyncio.sleep(0.001)
+        count = engine.info().generated_tokens
+        _, end = await rest_of(events)
+        await asyncio.sleep(0.05)
+        return end, engine.info().generated_tokens - count, engine.info().running
+
+    end, more, still = serve(model_dir, plan, use, [alpha], guard=guard)
+    assert end == gone and more == 0 and still == 0
+
+
+def test_a_guard_that_fails_ends_only_requests_that_use_a_silo(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    class Broken(OpenGuard):
+        def withdrawn(self) -> Any:
+            raise RuntimeError("no policy")
+
+    async def use(engine: TransformersEngine) -> Any:
+        return await asyncio.gather(
+            ask(engine, "silo", prompts(1)[0], [alpha.key]), ask(engine, "base", prompts(1)[0], [])
+        )
+
+    silo, base = serve(model_dir, plan, use, [alpha], guard=Broken())
+    assert silo.tokens == [] and isinstance(silo.end, Failed)
+    assert isinstance(base.end, Finished)
+
+
+def test_a_closed_stream_gives_back_its_slot_and_its_cache(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        for i in range(20):  # more than there are slots
+            events, _ = await first_tokens(engine, f"r{i}", [alpha.key], count=1)
+            await events.aclose()
+        whole = await ask(engine, "whole", prompts(1)[0], [alpha.key])
+        await ask(engine, "tick", [5], [])
+        return whole, engine.info().running, [engine._edge.cached_blocks(f"r{i}") for i in range(20)]
+
+    whole, still, blocks = serve(model_dir, plan, use, [alpha], max_concurrent=2)
+    assert whole.tokens == Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
+    assert still == 0 and blocks == [[]] * 20
+
+
+def test_more_requests_than_places_wait_their_turn(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        return await asyncio.gather(*(ask(engine, f"r{i}", prompts(1)[0], [alpha.key]) for i in range(9)))
+
+    answers = serve(model_dir, plan, use, [alpha], max_concurrent=2)
+    assert all(isinstance(answer.end, Finished) for answer in answers)
+    assert len({tuple(answer.tokens) for answer in answers}) == 1
+
+
+def test_a_full_cache_starts_requests_again_without_changing_their_answers(
+    model_dir: Path, plan: Plan, alpha: Resident
+) -> None:
+    texts = [text[:30] for text in prompts(6, seed=5, longest=60)]
+
+    async def use(engine: TransformersEngine) -> Any:
+        jobs = (ask(engine, f"r{i}", text, [alpha.key], max_tokens=40) for i, text in enumerate(texts))
+        return await asyncio.gather(*jobs)
+
+    answers = serve(model_dir, plan, use, [alpha], kv_tokens=192, max_concurrent=6)
+    reference = Reference(model_dir, plan, [alpha])
+    assert [answer.tokens for answer in answers] == [
+        reference.answer(t, ["alpha"], "prompt_evidence", 40) for t in texts
+    ]
+
+
+def test_a_second_users_prefill_shares_no_block_with_the_firsts(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    """The same 200 tokens, first for one permitted set, then for another: as if the first had never been asked."""
+    text = [7 + i % 250 for i in range(200)]
+
+    async def use(engine: TransformersEngine) -> Any:
+        prefilled: dict[str, int] = {}
+        begin = engine.begin
+
+        def spy(batch: Any) -> Any:
+            for one in batch.slices:
+                if one.position < len(text):
+                    prefilled[one.request_id] = prefilled.get(one.request_id, 0) + one.length
+            return begin(batch)
+
+        engine.begin = spy  # type: ignore[method-assign]
+        first, _ = await first_tokens(engine, "long", [alpha.key])
+        await ask(engine, "alice", text, [alpha.key], max_tokens=4)
+        bob = await ask(engine, "bob", text, [beta.key], max_tokens=4)
+        await first.aclose()
+        return prefilled, bob.tokens, engine._edge._manager.batch_processor.cache.use_prefix_sharing
+
+    prefilled, tokens, sharing = serve(model_dir, plan, use, [alpha, beta])
+    assert prefilled["alice"] == prefilled["bob"] == len(text) and sharing is False
+
+    async def cold(engine: TransformersEngine) -> Any:
+        return (await ask(engine, "bob", text, [beta.key], max_tokens=4)).tokens
+
+    assert tokens == serve(model_dir, plan, cold, [beta])
+
+
+def test_one_users_overflow_ends_that_request_and_reaches_nobody_else(
+    model_dir: Path, plan: Plan, alpha: Resident
+) -> None:
+    huge = resident(plan, "huge", 5, strength=1e30)
+    wild = Resident(huge.key, huge.adapter, dict.fromkeys(huge.statistics, (1.0, 1e30)))
+
+    async def use(engine: TransformersEngine) -> Any:
+        return await asyncio.gather(
+            *(
+                ask(engine, f"{silo.key.silo_id}{i}", prompts(1)[0], [silo.key])
+                for i in range(3)
+                for silo in (alpha, wild)
+            )
+        )
+
+    answers = serve(model_dir, plan, use, [alpha, wild])
+    expected = Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
+    assert [answer.tokens for answer in answers[::2]] == [expected] * 3
+    assert all(isinstance(answer.end, Failed) for answer in answers[1::2])
+
+
+@pytest.mark.parametrize("mode", ["prompt_evidence", "evidence", "per_token"])
+def test_forbidden_silos_change_no_bit_of_an_answer(model_dir: Path, plan: Plan, mode: str) -> None:
+    """Absent, present, holding NaNs, many, or being swapped: the same tokens from the same logits."""
+    mine = [resident(plan, "m-one", 1), resident(plan, "t-two", 2)]
+    text = prompts(1, seed=8)[0] + prompts(1, seed=9)[0]
+    forbidden = [resident(plan, name, 20 + i) for i, name in enumerate(("a-first", "n-middle", "z-last"))]
+    poisoned = []
+    for one in forbidden:
+        for module in one.adapter.modules.values():
+            module.q[0, 0], module.r[0, 0] = float("nan"), float("inf")
+        poisoned.append(Resident(one.key, one.adapter, one.statistics))
+    clean = [Resident(one.key, random_adapter(plan, 30 + i), one.statistics) for i, one in enumerate(forbidden)]
+
+    def logits_of(others: list[Resident], swapping: bool = False) -> tuple[list[int], list[torch.Tensor]]:
+        async def use(engine: TransformersEngine) -> Any:
+            seen: list[torch.Tensor] = []
+            pick = engine.pick
+
+            def spy(request_ids: Any, logits: torch.Tensor) -> None:
+                seen.extend(logits[row].clone() for row, name in enumerate(request_ids) if name == "mine")
+                pick(request_ids, logits)
+
+            engine.pick = spy  # type: ignore[method-assign]
+            asking = asyncio.create_task(ask(engine, "mine", text, [one.key for one in mine], mode, max_tokens=20))
+            revision = 2
+            while swapping and not asking.done():
+                for silo in ("a-first", "z-last"):
+                    one = resident(plan, silo, revision, revision)
+                    await engine.load(one.key, one.adapter, one.statistics)
+                    revision += 1
+            return (await asking).tokens, seen
+
+        tokens, seen = serve(model_dir, plan, use, [*mine, *others])
+        assert len(tokens) == len(seen)
+        return tokens, seen
+
+    tokens, logits = logits_of([])
+    crowd = [resident(plan, f"c{i:03d}", 100 + i) for i in range(70)]
+    for others, swapping in ((clean, False), (poisoned, False), (crowd, False), ([], True)):
+        again, bits = logits_of(others, swapping)
+        assert again == tokens
+        assert all(torch.equal(a, b) for a, b in zip(logits, bits, strict=True))
