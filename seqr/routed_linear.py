@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from seqr.errors import SeqrError
 from seqr.plan import Plan
 from seqr.routing.groups import Groups
-from seqr.routing.products import ExactFp32, project
+from seqr.routing.products import ROW_TILE, ExactFp32, project, row_product
 from seqr.step import BaseOnly, StepMismatch, get_context
 
 
@@ -65,28 +66,20 @@ def add_adapters(y: torch.Tensor, z: torch.Tensor, b_t: Sequence[torch.Tensor], 
     if not groups.runs:
         return
     if groups.everything:
-        share = _product(z, b_t[groups.runs[0][0]])
+        missing = -z.shape[0] % ROW_TILE
+        share = row_product(F.pad(z, (0, 0, 0, missing)) if missing else z, b_t[groups.runs[0][0]])[: z.shape[0]]
         if y.dtype == share.dtype:
             y.add_(share)
         else:
             y.copy_(y + share)
         return
-    sorted_z = z.index_select(0, groups.tokens)
-    share = sorted_z.new_empty(sorted_z.shape[0], y.shape[1])
-    for column, start, end in groups.runs:
-        if end - start > 1:
-            torch.mm(sorted_z[start:end], b_t[column], out=share[start:end])
-        else:
-            share[start:end] = _product(sorted_z[start:end], b_t[column])
+    sorted_z = z.index_select(0, groups.rows)
+    runs = [row_product(sorted_z[start:end], b_t[column]) for column, start, end in groups.runs]
+    share = torch.cat(runs).index_select(0, groups.kept)
     if y.dtype == share.dtype:
         y.index_add_(0, groups.tokens, share)
     else:
         y.index_copy_(0, groups.tokens, (y.index_select(0, groups.tokens) + share).to(y.dtype))
-
-
-def _product(z: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
-    # One row alone would be a matrix-vector product, which adds in another order than a matrix product.
-    return torch.mm(z, b_t) if z.shape[0] > 1 else torch.mm(z.expand(2, -1), b_t)[:1]
 
 
 def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> dict[str, RoutedLinear]:

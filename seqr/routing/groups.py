@@ -4,15 +4,21 @@ from dataclasses import dataclass
 
 import torch
 
+from seqr.routing.products import ROW_TILE
+
 
 @dataclass(frozen=True)
 class Groups:
-    """tokens int64 [K]: the tokens that have an adapter, sorted by its column; runs: (column, start, end) into tokens.
+    """The K tokens that have an adapter, sorted by its column, each column's run filled up to a multiple of 16 rows.
 
-    everything: all T tokens chose one and the same adapter, so that nothing need be gathered.
+    tokens int64 [K]: the tokens; rows int64 [K']: the token in each row, where a run's last token fills its rest; kept
+    int64 [K]: the row of each token; runs: (column, start, end) into the rows. everything: all T tokens chose one and
+    the same adapter, so that nothing need be gathered.
     """
 
     tokens: torch.Tensor
+    rows: torch.Tensor
+    kept: torch.Tensor
     runs: tuple[tuple[int, int, int], ...]
     everything: bool
 
@@ -25,8 +31,14 @@ class Groups:
         members.pop(-1, None)
         runs: list[tuple[int, int, int]] = []
         order: list[int] = []
+        rows: list[int] = []
+        kept: list[int] = []
         for column, tokens in sorted(members.items()):
-            runs.append((column, len(order), len(order) + len(tokens)))
+            start = len(rows)
+            kept += range(start, start + len(tokens))
             order += tokens
+            rows += tokens + tokens[-1:] * (-len(tokens) % ROW_TILE)
+            runs.append((column, start, len(rows)))
         everything = len(runs) == 1 and len(order) == len(columns)
-        return cls(torch.tensor(order, dtype=torch.int64, device=device), tuple(runs), everything)
+        index = (torch.tensor(one, dtype=torch.int64, device=device) for one in (order, rows, kept))
+        return cls(*index, tuple(runs), everything)

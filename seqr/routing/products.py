@@ -1,15 +1,17 @@
-"""The two matrix products of routing: in true fp32, and with bits that no neighbour can change.
+"""The matrix products of routing: in true fp32, and with bits that no neighbour can change.
 
 A BLAS chooses its kernel, and with it the order in which it adds, by the shape of the product. That order decides the
 last bit of a score, and the last bit can decide a tie. So the shapes here are fixed:
 
-- ``project`` multiplies 16 rows at a time, always 16: a token's z does not depend on who else is in the batch.
+- ``project`` and ``row_product`` multiply 16 rows at a time, always 16: neither a token's z nor what its adapter adds
+  depends on who else is in the batch.
 - ``score_product`` multiplies by 64 columns at a time, always 64, and by a multiple of 16 rows, at most 512: an
   adapter's score depends neither on which other adapters exist nor on its own column, and on CPUs not on the batch.
 
-Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_invariance.py holds this
-for every shape that can occur. On a GPU ``project`` is one product, and a token's z may differ in the last bits between
-batch sizes.
+Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_routing_invariance.py holds
+this for every shape that can occur. Between shapes they differ, and by CPU: on an AMD EPYC with AVX2 a product of fewer
+than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two. On a GPU
+each is one product, and a token's bits may differ between batch sizes.
 """
 
 from types import TracebackType
@@ -38,12 +40,20 @@ def project(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
         x = padded
     elif x.dtype != torch.float32 or not x.is_contiguous():
         x = x.to(torch.float32).contiguous()
-    if rows == ROW_TILE:
-        return torch.mm(x, a_t)
-    z = a_t.new_empty(rows, a_t.shape[1])
-    for start in range(0, rows, ROW_TILE):
-        torch.mm(x[start : start + ROW_TILE], a_t, out=z[start : start + ROW_TILE])
-    return z
+    return row_product(x, a_t)
+
+
+def row_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T', n] by weight [n, m], both fp32, contiguous and T' a multiple of 16 -> [T', m].
+
+    On a CPU a row's bits depend on nothing but that row and the weight.
+    """
+    if x.shape[0] == ROW_TILE or x.device.type != "cpu":
+        return torch.mm(x, weight)
+    product = weight.new_empty(x.shape[0], weight.shape[1])
+    for start in range(0, x.shape[0], ROW_TILE):
+        torch.mm(x[start : start + ROW_TILE], weight, out=product[start : start + ROW_TILE])
+    return product
 
 
 def score_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -78,14 +78,16 @@ def test_the_output_is_the_reference_output(choices: list[int], rank: int, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tokens_output_does_not_depend_on_who_shares_its_adapter(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rank", [4, 16, 32])
+@pytest.mark.parametrize("outputs", [56, 192, 1536])
+def test_a_tokens_output_does_not_depend_on_who_shares_its_adapter(outputs: int, rank: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    b_t = [torch.randn(16, 192, generator=generator) for _ in range(3)]
-    y, z = torch.randn(64, 192, generator=generator).to(dtype), torch.randn(64, 16, generator=generator)
+    b_t = [torch.randn(rank, outputs, generator=generator) for _ in range(3)]
+    y, z = torch.randn(64, outputs, generator=generator).to(dtype), torch.randn(64, rank, generator=generator)
     everyone = y.clone()
     add_adapters(everyone, z, b_t, Groups.of([1] * 64, y.device))
     for others in (0, 1, -1):
-        for count in (1, 2, 3, 17, 63):
+        for count in (1, 2, 3, 5, 8, 17, 33, 63):
             crowd = y.clone()
             add_adapters(crowd, z, b_t, Groups.of([1] * count + [others] * (64 - count), y.device))
             assert torch.equal(bits(crowd[:count]), bits(everyone[:count]))
