@@ -9,7 +9,14 @@ from seqr.supervisor import follow_supervisor
 GROUP = "seqr.commands"
 DEBUG = "SEQR_DEBUG"
 # Which extra brings the packages of a group, for the sentence printed when they are absent.
-EXTRA = {"silo": "silo", "coordinator": "coordinator", "policy": "policy", "gateway": "gateway", "demo": "all"}
+EXTRA = {
+    "silo": "silo",
+    "coordinator": "coordinator",
+    "policy": "policy",
+    "gateway": "gateway",
+    "demo": "all",
+    "adapter": "model",
+}
 
 
 def main(argv: list[str] | None = None) -> None:

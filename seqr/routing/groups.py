@@ -40,5 +40,8 @@ class Groups:
             rows += tokens + tokens[-1:] * (-len(tokens) % ROW_TILE)
             runs.append((column, start, len(rows)))
         everything = len(runs) == 1 and len(order) == len(columns)
-        index = (torch.tensor(one, dtype=torch.int64, device=device) for one in (order, rows, kept))
-        return cls(*index, tuple(runs), everything)
+
+        def index(numbers: list[int]) -> torch.Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        return cls(index(order), index(rows), index(kept), tuple(runs), everything)

@@ -1,0 +1,77 @@
+"""The adapters that routers choose among: any LoRA library of one base model, with a shared A or with one A each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from seqr.errors import SeqrError
+
+
+class PoolMismatch(SeqrError):
+    """An adapter of another rank, other shapes or other modules than the first one of its pool."""
+
+    code = "pool_mismatch"
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One adapter in one module: a fp32 [r, n] and b fp32 [m, r] with the LoRA scale folded in, so that dW = b a."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+Factors = Mapping[str, LoraFactors]
+
+
+class AdapterPool:
+    """N adapters stacked per module, in the order given; ``modules`` are in forward order.
+
+    a: per module fp32 [r, n] when all adapters share A (``shared``), else [N, r, n]; b_t: per module fp32 [N, r, m].
+    N may be 0. Raises ``PoolMismatch``.
+    """
+
+    def __init__(self, adapters: Mapping[str, Factors], modules: tuple[str, ...] | None = None):
+        self.names = tuple(adapters)
+        first = next(iter(adapters.values()), {})
+        self.modules = tuple(first) if modules is None else modules
+        for name, adapter in adapters.items():
+            self._check(name, adapter, first)
+        each = list(adapters.values())
+        self.shared = all(
+            torch.equal(adapter[module].a, first[module].a) for adapter in each for module in self.modules
+        )
+        self.a: list[torch.Tensor] = []
+        self.b_t: list[torch.Tensor] = []
+        for module in self.modules if each else ():
+            a = [adapter[module].a.to(torch.float32) for adapter in each]
+            self.a.append(a[0].contiguous() if self.shared else torch.stack(a))
+            self.b_t.append(torch.stack([adapter[module].b.to(torch.float32).T for adapter in each]).contiguous())
+        self.rank = self.a[0].shape[-2] if self.a else 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def column(self, name: str) -> int:
+        """The column of an adapter; raises ``PoolMismatch`` for a name that is not here."""
+        if name not in self.names:
+            raise PoolMismatch(f"there is no adapter {name} in this pool; it has {', '.join(self.names) or 'none'}")
+        return self.names.index(name)
+
+    def a_of(self, module: int, column: int) -> torch.Tensor:
+        """A of one adapter in one module: fp32 [r, n]."""
+        return self.a[module] if self.shared else self.a[module][column]
+
+    def _check(self, name: str, adapter: Factors, first: Factors) -> None:
+        if set(adapter) != set(self.modules):
+            odd = sorted(set(adapter) ^ set(self.modules))
+            raise PoolMismatch(f"adapter {name} differs from the first one in whether it adapts {odd[0]}")
+        for module in self.modules:
+            got, expected = _shapes(adapter[module]), _shapes(first[module])
+            if got != expected:
+                raise PoolMismatch(f"adapter {name} has A, B of shapes {got} in {module}; the first one has {expected}")
+
+
+def _shapes(factors: LoraFactors) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(factors.a.shape), tuple(factors.b.shape)

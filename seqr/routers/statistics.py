@@ -1,0 +1,56 @@
+"""mu and sigma of every adapter's activation norms, per module: from its own data (the paper) or from public text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from seqr.calibration import RunningMoments
+from seqr.routers.pool import AdapterPool
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """mu, sigma fp64 [modules, N]."""
+
+    mu: torch.Tensor
+    sigma: torch.Tensor
+
+    @classmethod
+    def none(cls, pool: AdapterPool) -> "Statistics":
+        """mu = 0 and sigma = 1: raw norms."""
+        shape = (len(pool.modules), len(pool))
+        return cls(torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, pool: AdapterPool, own: Mapping[str, Sequence[RunningMoments]]) -> "Statistics":
+        """Each adapter's own: by name, one set of moments per module."""
+        mu = [[own[name][module].mean for name in pool.names] for module in range(len(pool.modules))]
+        sigma = [[own[name][module].std for name in pool.names] for module in range(len(pool.modules))]
+        return cls(torch.tensor(mu, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
+
+    def shifted(self, noise: float, seed: int) -> "Statistics":
+        """With Gaussian noise of ``noise`` standard deviations sigma added to every mu (SEQR paper, appendix E)."""
+        dice = torch.Generator().manual_seed(seed)
+        return Statistics(
+            self.mu + noise * self.sigma * torch.randn(self.mu.shape, generator=dice, dtype=torch.float64), self.sigma
+        )
+
+
+class NormMoments:
+    """Moments of ||B_i A_i x|| per module and adapter, gathered from activations."""
+
+    def __init__(self, pool: AdapterPool):
+        self.pool = pool
+        self.moments = [[RunningMoments() for _ in pool.names] for _ in pool.modules]
+
+    def update(self, module: int, norms: torch.Tensor) -> None:
+        """norms [T, N] of one module."""
+        for column, moments in enumerate(self.moments[module]):
+            moments.update(norms[:, column])
+
+    def statistics(self) -> Statistics:
+        """What has been gathered so far."""
+        mu = torch.tensor([[m.mean for m in row] for row in self.moments], dtype=torch.float64)
+        sigma = torch.tensor([[m.std for m in row] for row in self.moments], dtype=torch.float64)
+        return Statistics(mu, sigma)
