@@ -8,10 +8,10 @@ last bit of a score, and the last bit can decide a tie. So the shapes here are f
 - ``score_product`` multiplies by 64 columns at a time, always 64, and by a multiple of 16 rows, at most 512: an
   adapter's score depends neither on which other adapters exist nor on its own column, and on CPUs not on the batch.
 
-Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_routing_invariance.py holds
-this for every shape that can occur. Between shapes they differ, and by CPU: on an AMD EPYC with AVX2 a product of fewer
-than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two. On a GPU
-each is one product, and a token's bits may differ between batch sizes.
+Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_routing_invariance.py
+holds this for every shape that can occur. Between shapes they differ, and by CPU: on an AMD EPYC with AVX2 a product of
+fewer than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two. On
+a GPU each is one product, and a token's bits may differ between batch sizes.
 """
 
 from types import TracebackType
