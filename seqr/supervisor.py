@@ -6,11 +6,13 @@ itself when its supervisor dies without a word (``kill -9``), provided it calls 
 
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +27,21 @@ LOG_LIMIT_BYTES = 8 * 1024 * 1024
 STOP_GRACE_S = 6.0
 # A service that lived this long had started properly, so its next restart need not wait.
 HEALTHY_AFTER_S = 30.0
+# Below those that Linux (from 32768 on) and macOS (from 49152 on) lend to outgoing connections.
+_PORTS = range(20000, 32768)
+_given: deque[int] = deque(maxlen=256)
 
 
 class ServiceNotReady(SeqrError):
     """A service did not become ready within its time."""
 
     code = "service_not_ready"
+
+
+class NoFreePort(SeqrError):
+    """No port is left for a service."""
+
+    code = "no_free_port"
 
 
 @dataclass(frozen=True)
@@ -209,10 +220,24 @@ def follow_supervisor(interval_s: float = 1.0) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port nobody listens on at this moment, and which this process was not given lately.
+
+    Not one that the system would choose: those are lent to outgoing connections, and one of these may have it by the
+    time the service that it is meant for has started.
+    """
+    dice = random.SystemRandom()
+    for _ in range(1000):
+        port = dice.choice(_PORTS)
+        if port in _given:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+        _given.append(port)
+        return port
+    raise NoFreePort(f"no TCP port from {_PORTS.start} to {_PORTS.stop - 1} is free on {host}")
 
 
 def accepts_connections(host: str, port: int) -> bool:

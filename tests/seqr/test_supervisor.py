@@ -2,15 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from seqr.supervisor import Service, ServiceNotReady, Supervisor
+from seqr.supervisor import NoFreePort, Service, ServiceNotReady, Supervisor, free_port
 
 # A service that starts a child of its own, as Flower's SuperExec does, and writes both process ids down.
 PARENT = """
@@ -131,3 +133,21 @@ def test_service_that_ends_at_once_is_named_with_its_status(tmp_path: Path) -> N
 def test_logs_are_for_their_owner_only(tmp_path: Path, start: Callable[..., Supervisor]) -> None:
     start(service("a", tmp_path))
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_may_be_lent() -> None:
+    ports = [free_port() for _ in range(50)]
+    assert len(set(ports)) == 50
+    assert all(20000 <= port < 32768 for port in ports)
+    for port in ports:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+
+
+def test_a_taken_port_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", taken := free_port()))
+        monkeypatch.setattr("seqr.supervisor._PORTS", range(taken, taken + 1))
+        monkeypatch.setattr("seqr.supervisor._given", deque[int]())
+        with pytest.raises(NoFreePort, match=f"no TCP port from {taken} to {taken} is free"):
+            free_port()
