@@ -10,7 +10,7 @@ from seqr.adapter import Adapter, ModuleAdapter
 from seqr.errors import SeqrError
 from seqr.plan import ModuleSpec, Plan
 from seqr.routing.features import feature_count, gram
-from seqr.routing.products import COLUMN_BLOCK
+from seqr.routing.products import COLUMN_BLOCK, column_blocks
 
 Statistics = Mapping[str, tuple[float, float]]
 
@@ -179,8 +179,9 @@ class Library:
         for column, part in enumerate(parts):
             grams[column] = part.gram
             offset[column] = part.offset
-        blocks = grams.view(-1, COLUMN_BLOCK, grams.shape[1]).transpose(1, 2).contiguous()
-        return ModuleStack(blocks.to(self.device), offset.to(self.device), tuple(part.b_t for part in parts))
+        return ModuleStack(
+            column_blocks(grams).to(self.device), offset.to(self.device), tuple(part.b_t for part in parts)
+        )
 
 
 def _module_column(part: ModuleAdapter, mu: float, sigma: float, device: torch.device) -> ModuleColumn:

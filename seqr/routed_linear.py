@@ -90,18 +90,7 @@ def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> 
     """
     linears = {}
     for spec in plan.modules:
-        try:
-            linear = model.get_submodule(spec.name)
-        except AttributeError:
-            raise ModelMismatch(f"the base model has no module {spec.name}, which plan {plan.plan_id} names") from None
-        if not isinstance(linear, nn.Linear):
-            raise ModelMismatch(f"module {spec.name} must be a Linear, got {type(linear).__name__}")
-        if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
-            raise ModelMismatch(
-                f"module {spec.name} is {linear.in_features} to {linear.out_features} in the base model, and "
-                f"{spec.in_features} to {spec.out_features} in plan {plan.plan_id}"
-            )
-        linears[spec.name] = linear
+        linears[spec.name] = find_linear(model, spec.name, spec.in_features, spec.out_features, f"plan {plan.plan_id}")
     model.requires_grad_(False)
     routed = {}
     for index, (name, linear) in enumerate(linears.items()):
@@ -109,3 +98,19 @@ def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> 
         routed[name] = RoutedLinear(linear, a[name], index)
         setattr(model.get_submodule(parent), child, routed[name])
     return routed
+
+
+def find_linear(model: nn.Module, name: str, in_features: int, out_features: int, whose: str) -> nn.Linear:
+    """The Linear called ``name``, of that shape; ``whose`` wish it is goes into ``ModelMismatch``."""
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        raise ModelMismatch(f"the base model has no module {name}, which {whose} names") from None
+    if not isinstance(linear, nn.Linear):
+        raise ModelMismatch(f"module {name} must be a Linear, got {type(linear).__name__}")
+    if (linear.in_features, linear.out_features) != (in_features, out_features):
+        raise ModelMismatch(
+            f"module {name} is {linear.in_features} to {linear.out_features} in the base model, and "
+            f"{in_features} to {out_features} in {whose}"
+        )
+    return linear

@@ -7,13 +7,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from seqr.routed_linear import ModelMismatch
+from seqr.routed_linear import find_linear
 from seqr.routers.interface import Activation, Batch, Mixture, Router
 from seqr.routers.pool import AdapterPool
 from seqr.routing.products import ExactFp32
 
-# (module, mixture): told of every choice, to count shares.
-Watcher = Callable[[int, Mixture], None]
 Observer = Callable[[Activation], None]
 
 
@@ -28,8 +26,10 @@ class MixtureModel:
         self.pool = pool
         self._router: Router | None = None
         self._observer: Observer | None = None
-        self._watcher: Watcher | None = None
-        linears = [self._linear(index) for index in range(len(pool.a))]
+        linears = [
+            find_linear(model, name, a.shape[-1], b_t.shape[-1], "the adapters' pool")
+            for name, a, b_t in zip(pool.modules, pool.a, pool.b_t, strict=False)
+        ]
         self._handles = [linear.register_forward_hook(self._hook(index)) for index, linear in enumerate(linears)]
 
     def close(self) -> None:
@@ -38,7 +38,7 @@ class MixtureModel:
             handle.remove()
 
     @contextmanager
-    def routed(self, router: Router, batch: Batch, ids: torch.Tensor, watcher: Watcher | None = None) -> Iterator[None]:
+    def routed(self, router: Router, batch: Batch, ids: torch.Tensor) -> Iterator[None]:
         """Forward passes inside are routed by ``router``, which has begun ``batch`` (and read it, if it reads).
 
         ids int64 [S, L]: the batch's tokens, for the reading pass.
@@ -47,11 +47,11 @@ class MixtureModel:
         if router.reads and len(self.pool):
             with self.observed(router.read):
                 hidden_states(self.model, ids, batch)
-        self._router, self._watcher = router, watcher
+        self._router = router
         try:
             yield
         finally:
-            self._router = self._watcher = None
+            self._router = None
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
@@ -72,24 +72,9 @@ class MixtureModel:
                 self._observer(activation)
                 return y
             mixture = cast(Router, self._router).route(activation)
-            if self._watcher is not None:
-                self._watcher(index, mixture)
             return add_mixture(y.reshape(-1, y.shape[-1]), activation, mixture).view_as(y)
 
         return hook
-
-    def _linear(self, index: int) -> nn.Linear:
-        name, a, b_t = self.pool.modules[index], self.pool.a[index], self.pool.b_t[index]
-        try:
-            linear = self.model.get_submodule(name)
-        except AttributeError:
-            raise ModelMismatch(f"the base model has no module {name}, which the adapters adapt") from None
-        if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (
-            a.shape[-1],
-            b_t.shape[-1],
-        ):
-            raise ModelMismatch(f"module {name} of the base model is no Linear of {a.shape[-1]} to {b_t.shape[-1]}")
-        return linear
 
 
 def hidden_states(model: Any, ids: torch.Tensor, batch: Batch) -> torch.Tensor:

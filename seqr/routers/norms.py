@@ -5,7 +5,7 @@ import torch
 from seqr.routers.interface import Activation
 from seqr.routers.pool import AdapterPool
 from seqr.routing.features import features, gram
-from seqr.routing.products import COLUMN_BLOCK, ExactFp32, score_product
+from seqr.routing.products import ExactFp32, column_blocks, score_product
 
 
 class SquaredNorms:
@@ -31,9 +31,7 @@ class SquaredNorms:
         if not self._shared:
             return torch.stack([r / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
         grams = torch.stack([gram(r) / s / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
-        missing = -grams.shape[0] % COLUMN_BLOCK
-        grams = torch.nn.functional.pad(grams, (0, 0, 0, missing))
-        return grams.view(-1, COLUMN_BLOCK, grams.shape[1]).transpose(1, 2).contiguous()
+        return column_blocks(grams)
 
 
 class Spectrum:

@@ -26,7 +26,7 @@ Factors = Mapping[str, LoraFactors]
 
 
 class AdapterPool:
-    """N adapters stacked per module, in the order given; ``modules`` are in forward order.
+    """N adapters stacked per module, in the order given; ``modules`` in the order of the first one.
 
     a: per module fp32 [r, n] when all adapters share A (``shared``), else [N, r, n]; b_t: per module fp32 [N, r, m].
     N may be 0. Raises ``PoolMismatch``.
@@ -48,7 +48,6 @@ class AdapterPool:
             a = [adapter[module].a.to(torch.float32) for adapter in each]
             self.a.append(a[0].contiguous() if self.shared else torch.stack(a))
             self.b_t.append(torch.stack([adapter[module].b.to(torch.float32).T for adapter in each]).contiguous())
-        self.rank = self.a[0].shape[-2] if self.a else 0
 
     def __len__(self) -> int:
         return len(self.names)

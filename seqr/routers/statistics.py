@@ -1,6 +1,5 @@
 """mu and sigma of every adapter's activation norms, per module: from its own data (the paper) or from public text."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +20,6 @@ class Statistics:
         """mu = 0 and sigma = 1: raw norms."""
         shape = (len(pool.modules), len(pool))
         return cls(torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64))
-
-    @classmethod
-    def of(cls, pool: AdapterPool, own: Mapping[str, Sequence[RunningMoments]]) -> "Statistics":
-        """Each adapter's own: by name, one set of moments per module."""
-        mu = [[own[name][module].mean for name in pool.names] for module in range(len(pool.modules))]
-        sigma = [[own[name][module].std for name in pool.names] for module in range(len(pool.modules))]
-        return cls(torch.tensor(mu, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
 
     def shifted(self, noise: float, seed: int) -> "Statistics":
         """With Gaussian noise of ``noise`` standard deviations sigma added to every mu (SEQR paper, appendix E)."""

@@ -70,6 +70,12 @@ def score_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return product[:tokens]
 
 
+def column_blocks(columns: torch.Tensor) -> torch.Tensor:
+    """columns [N, F] as ``score_product`` takes them: [ceil(N / 64), F, 64], filled up with zeros."""
+    columns = F.pad(columns, (0, 0, 0, -columns.shape[0] % COLUMN_BLOCK))
+    return columns.view(-1, COLUMN_BLOCK, columns.shape[1]).transpose(1, 2).contiguous()
+
+
 class ExactFp32:
     """Context in which fp32 products are fp32: no TF32, no bf16 passes, no autocast (``with ExactFp32("cuda"): ...``).
 

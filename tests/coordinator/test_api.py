@@ -121,9 +121,8 @@ def test_documentation_is_not_served_without_a_key(anybody: Api) -> None:
 def test_each_way_a_key_can_be_wrong_has_its_own_code(world: World, client: TestClient) -> None:
     good = world.key("ada", "admin")
     world.store.revoke_key((revoked := world.store.create_key("ada", ["admin"], **HOW)).key_id, **HOW)
-    yesterday = world.store
-    yesterday.clock = lambda: now() - timedelta(days=1)
-    expired = yesterday.create_key("ada", ["admin"], now() - timedelta(hours=1), **HOW).secret
+    hour, day = timedelta(hours=1), timedelta(days=1)
+    expired = world.key("ada", "admin", expires_at=now() - hour, clock=lambda: now() - day)
     world.store.create_user("gone", ["admin"], **HOW)
     disabled = world.key("gone", "admin")
     world.store.disable_user("gone", **HOW)

@@ -3,8 +3,9 @@
 import json
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -267,8 +268,10 @@ class World:
     def store(self) -> PolicyStore:
         return PolicyStore(self.c.policy_engine, load_pepper(self.settings.policy_pepper_file))
 
-    def key(self, user_id: str, *scopes: str, **more: Any) -> str:
-        return self.store.create_key(user_id, scopes, **more, **HOW).secret
+    def key(self, user_id: str, *scopes: str, clock: Callable[[], datetime] = now, **more: Any) -> str:
+        store = self.store
+        store.clock = clock
+        return store.create_key(user_id, scopes, **more, **HOW).secret
 
     def add_plan(self, *gateways: Gateway, seed: int = 1) -> Plan:
         self.gateways = list(gateways) or [Gateway()]

@@ -94,7 +94,7 @@ def test_a_pool_is_refused_by_a_model_without_its_modules(tiny_model_dir: Path) 
     model, _ = load_base_model(tiny_model_dir, torch.float32)
     for module, message in (
         ("model.layers.9.mlp.up_proj", "the base model has no module model.layers.9.mlp.up_proj"),
-        ("model.layers.0.mlp.up_proj", "is no Linear of 3 to 5"),
+        ("model.layers.0.mlp.up_proj", "is 64 to 128 in the base model, and 3 to 5 in the adapters' pool"),
     ):
         with pytest.raises(ModelMismatch, match=message):
             MixtureModel(model, AdapterPool({"one": {module: LoraFactors(torch.ones(2, 3), torch.ones(5, 2))}}))
