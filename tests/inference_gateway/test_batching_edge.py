@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers.generation.continuous_batching import continuous_api, input_outputs
 
 from inference_gateway.engine import batching_edge
@@ -23,7 +22,7 @@ def test_the_installed_transformers_is_the_one_the_edge_was_written_against() ->
 
 
 def test_another_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    monkeypatch.setattr(batching_edge.transformers, "__version__", "5.24.0")
     with pytest.raises(EngineIncompatible, match=r"5\.23\.0.*5\.24\.0"):
         batching_edge.check_version()
 
