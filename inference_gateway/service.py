@@ -19,7 +19,6 @@ from inference_gateway.errors import (
 )
 from inference_gateway.intake import Intake
 from inference_gateway.permissions import Permissions
-from inference_gateway.public_text import calibration_texts, chat_frame
 from inference_gateway.settings import Settings
 from policy.db import create_engine_for
 from policy.keys import load_pepper
@@ -29,6 +28,7 @@ from seqr.errors import SeqrError
 from seqr.frame import ChatFrame
 from seqr.keys import SealingKey, SigningKey, VerifyKey
 from seqr.plan import Plan, verify_plan
+from seqr.public_text import calibration_texts, chat_frame
 
 log = logging.getLogger(__name__)
 

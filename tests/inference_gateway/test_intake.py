@@ -16,13 +16,13 @@ from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.engine.base import AdapterKey
 from inference_gateway.errors import CoordinatorRefused, CoordinatorUnreachable
 from inference_gateway.intake import Intake
-from inference_gateway.public_text import calibration_texts, chat_frame, framed, public_texts
 from seqr.adapter import Adapter, ModuleAdapter
 from seqr.document import utc_now, utc_text
 from seqr.keys import SealingKey, SigningKey
 from seqr.models import load_base_model
 from seqr.plan import GatewayKey, Plan
 from seqr.public_calibration import calibrate, collect_z
+from seqr.public_text import calibration_texts, chat_frame, framed, public_texts
 from seqr.purge import verify_purge
 from seqr.shared_a import verify_a
 from tests.inference_gateway.fake_coordinator import API_KEY, FakeCoordinator, Revision

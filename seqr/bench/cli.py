@@ -1,0 +1,13 @@
+"""``seqr bench``: the papers' experiments, and what routing costs."""
+
+import typer
+
+from seqr.bench.paper.command import paper
+
+app = typer.Typer(no_args_is_help=True, help="Reproduce the papers' experiments and measure routing.")
+app.command()(paper)
+
+
+@app.callback()
+def bench() -> None:
+    """Each benchmark writes a report with the machine it ran on."""

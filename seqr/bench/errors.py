@@ -1,0 +1,33 @@
+"""What a benchmark refuses."""
+
+from seqr.errors import SeqrError
+
+
+class BenchDataMissing(SeqrError):
+    """A task folder, or one of its two splits, that is not there."""
+
+    code = "bench_data_missing"
+
+
+class BenchDataUnreadable(SeqrError):
+    """A data file, or a row of it, that is not what the task needs."""
+
+    code = "bench_data_unreadable"
+
+
+class BenchOptionInvalid(SeqrError):
+    """An option of a benchmark that makes no sense."""
+
+    code = "bench_option_invalid"
+
+
+class BenchInterrupted(SeqrError):
+    """A benchmark was stopped; what it has finished is kept."""
+
+    code = "bench_interrupted"
+
+
+class EncoderUnavailable(SeqrError):
+    """The sentence encoder that LORAUTER needs is not here and cannot be fetched."""
+
+    code = "encoder_unavailable"

@@ -1,0 +1,173 @@
+"""``seqr bench paper``: which run, on which data, where to; work is shared among processes that each keep results."""
+
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seqr.bench.errors import BenchInterrupted, BenchOptionInvalid
+from seqr.smollm2 import default_cache_dir
+
+if TYPE_CHECKING:
+    from seqr.bench.paper.workbench import Settings, Workbench
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+QUICK_TASKS = ("sst2", "ag_news", "dbpedia_14")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every process of a run needs to know."""
+
+    model: Path
+    data: Path
+    out: Path
+    adapters: Path
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    train_rows: int
+    test_rows: int
+    max_tokens: int
+    distractors: int
+    encoder: str
+    every: bool
+    threads: int
+
+
+def paper(
+    data: Annotated[Path, typer.Option(help="Folder with <task>/train.jsonl and <task>/test.jsonl.")] = Path(
+        "../shared/data/paper"
+    ),
+    out: Annotated[Path, typer.Option(help="Where results and the report go; a run stopped there goes on.")] = Path(
+        "bench-paper"
+    ),
+    model: Annotated[str, typer.Option(help="Base model: a directory or .gguf file; default SmolLM2-135M.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Three tasks, one seed, 100 and 60 rows: minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The paper's 1,000 training and 1,000 test rows.")] = False,
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks instead of all.")] = "",
+    seeds: Annotated[int, typer.Option(help="How many training seeds.")] = 0,
+    train_rows: Annotated[int, typer.Option(help="Training rows per task.")] = 0,
+    test_rows: Annotated[int, typer.Option(help="Test rows per task.")] = 0,
+    distractors: Annotated[int, typer.Option(help="Adapters of nobody that the library grows by.")] = 1500,
+    encoder: Annotated[str, typer.Option(help="sentence-transformers model for LORAUTER.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes; 0 for one per core, at most 8.")] = 0,
+    report_only: Annotated[bool, typer.Option("--report", help="Only write the report of what is there.")] = False,
+) -> None:
+    """Reproduce the SEQR paper's experiments and compare every router on the same adapters.
+
+    The standard run has ten tasks, three seeds, 400 training and 200 test rows. Writes results.json, report.md and
+    figures to --out; adapters are cached and shared by runs.
+    """
+    if quick and full:
+        raise BenchOptionInvalid("--quick and --full exclude each other")
+    from seqr.bench.paper.tasks import known_tasks
+    from seqr.models import inspect_base_model
+
+    cache = default_cache_dir()
+    count = workers or min(8, os.cpu_count() or 1)
+    names = tuple(tasks.split(",")) if tasks else QUICK_TASKS if quick else tuple(known_tasks())
+    rows = (100, 60) if quick else (1000, 1000) if full else (400, 200)
+    run = Run(
+        model=_model_directory(model, cache),
+        data=data,
+        out=out,
+        adapters=cache / "bench/adapters",
+        tasks=names,
+        seeds=tuple(range(seeds or (1 if quick else 3))),
+        train_rows=train_rows or rows[0],
+        test_rows=test_rows or rows[1],
+        max_tokens=256 if full else 96,
+        distractors=distractors,
+        encoder=encoder,
+        every=full,
+        threads=max(1, (os.cpu_count() or 1) // count),
+    )
+    settings_of(run)
+    # Before any process is started: what is wrong with data or model is said once.
+    _check_data(run)
+    inspect_base_model(run.model, "attention")
+    if not report_only:
+        _work_together(run, count)
+    from seqr.bench.paper.report import write_report
+
+    print(f"report: {write_report(bench_of(run), out)}")
+
+
+def settings_of(run: Run) -> "Settings":
+    """The settings of a run; raises ``BenchOptionInvalid``."""
+    from seqr.bench.paper.workbench import Settings
+
+    return Settings(
+        run.tasks,
+        run.seeds,
+        run.train_rows,
+        run.test_rows,
+        run.max_tokens,
+        distractors=run.distractors,
+        encoder=run.encoder,
+    )
+
+
+def bench_of(run: Run) -> "Workbench":
+    """The workbench of a run, with its model loaded."""
+    from seqr.bench.paper.store import Store
+    from seqr.bench.paper.workbench import Workbench
+
+    return Workbench(run.model, run.data, Store(run.adapters, run.out / "results"), settings_of(run))
+
+
+def work(run: Run) -> None:
+    """One process's part of a run, until nothing is left."""
+    import torch
+
+    from seqr.bench.paper.plan import Plan
+    from seqr.bench.paper.units import work_through
+
+    torch.set_num_threads(run.threads)
+    # Adam's moments of weights that hardly move become denormal, which slows some processors by a factor.
+    torch.set_flush_denormal(True)
+    units = Plan(bench_of(run), run.every).units()
+    work_through(units, run.out / "claims", lambda line: print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True))
+
+
+def _work_together(run: Run, count: int) -> None:
+    if count == 1:
+        work(run)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(run,)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        raise
+    if any(process.exitcode for process in processes):
+        raise BenchInterrupted(
+            f"a process of the run failed; what is finished is in {run.out}, the same command goes on"
+        )
+
+
+def _model_directory(model: str, cache: Path) -> Path:
+    from seqr.models import prepare_base_model
+    from seqr.smollm2 import fetch_smollm2
+
+    if not model:
+        return prepare_base_model(fetch_smollm2(cache), cache / "models" / DEFAULT_MODEL)
+    path = Path(model)
+    return prepare_base_model(path, cache / "models" / path.stem) if path.is_file() else path
+
+
+def _check_data(run: Run) -> None:
+    from seqr.bench.paper.tasks import SPLITS, read_rows
+
+    for task in run.tasks:
+        for split in SPLITS:
+            read_rows(run.data, task, split)

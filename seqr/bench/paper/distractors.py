@@ -1,0 +1,107 @@
+"""Prompt evidence in a library that grows by adapters that nobody here trained (LORAUTER goes to some 1,500).
+
+There are not 1,500 adapters to be had for a small base model, so these are made: each takes a real adapter and turns
+it by a random orthogonal matrix in every module, B' = B O. It keeps every singular value, so it is as loud as the real
+ones and calibrates as they do, but listens to other directions of the shared space.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from seqr.bench.paper.measuring import Measuring
+from seqr.bench.paper.reading import look_at
+from seqr.bench.paper.routed import with_columns
+from seqr.public_text import public_texts
+from seqr.routers.pool import AdapterPool, LoraFactors
+from seqr.routing.evidence import CLIP
+from seqr.routing.features import features, gram
+
+STEPS = (0, 10, 50, 150, 500)
+ROWS = 50  # test rows per task
+
+
+def turns(module: int, rank: int, count: int) -> torch.Tensor:
+    """The orthogonal matrices of all distractors in one module: fp64 [count, r, r], uniform, the same for the same
+    count."""
+    dice = torch.Generator().manual_seed(module)
+    q, r = torch.linalg.qr(torch.randn(count, rank, rank, generator=dice, dtype=torch.float64))
+    signs: torch.Tensor = r.diagonal(dim1=1, dim2=2).sign()
+    turned: torch.Tensor = q * signs[:, None, :]
+    return turned
+
+
+def distractors(pool: AdapterPool, numbers: Sequence[int], count: int) -> AdapterPool:
+    """Some of ``count`` distractors of a pool that shares A, as a pool of their own."""
+    made: dict[str, dict[str, LoraFactors]] = {f"distractor-{number}": {} for number in numbers}
+    for m, module in enumerate(pool.modules):
+        turned = turns(m, pool.a[m].shape[0], count)
+        for number in numbers:
+            b = pool.b_t[m][number % len(pool)].T.double() @ turned[number]
+            made[f"distractor-{number}"][module] = LoraFactors(pool.a[m], b.float())
+    return AdapterPool(made, pool.modules)
+
+
+def growing_evidence(
+    pool: AdapterPool, public: torch.Tensor, prompts: torch.Tensor, row: torch.Tensor, count: int
+) -> torch.Tensor:
+    """The product's evidence of every prompt for the pool and ``count`` distractors: fp64 [S, N + count].
+
+    public fp32 [P, M, r] and prompts fp32 [T, M, r]: z = A x on the base model's hidden states.
+    """
+    total = torch.zeros(int(row.max()) + 1, len(pool) + count, dtype=torch.float64)
+    for m in range(len(pool.modules)):
+        own = torch.linalg.qr(pool.b_t[m].transpose(1, 2).double()).R
+        turned = own[torch.arange(count) % len(pool)] @ turns(m, pool.a[m].shape[0], count)
+        grams = gram(torch.cat([own, turned])).to(torch.float32).T.contiguous()
+        calibration = (features(public[:, m]) @ grams).clamp_min(0).sqrt()
+        mu, sigma = calibration.mean(0), calibration.std(0, correction=0)
+        for rows in torch.split(torch.arange(len(row)), 4096):
+            score = ((features(prompts[rows, m]) @ grams).clamp_min(0).sqrt() - mu) / sigma
+            total.index_add_(0, row[rows], score.clamp_(-CLIP, CLIP).double())
+    return total / torch.bincount(row)[:, None].clamp_min(1) / len(pool.modules)
+
+
+def distractor_study(measuring: Measuring, seed: int) -> dict[str, Any]:
+    """Own-adapter share and accuracy of prompt evidence, by how many distractors there are; right per row and task."""
+    bench, rows = measuring.bench, ROWS
+    count = bench.settings.distractors
+    sizes = [*(step for step in STEPS if step < count), count]
+    pool = bench.pool(seed)
+    texts = [bench.tokenizer(text)["input_ids"] for text in public_texts()]
+    public, _ = look_at(bench.model, pool, texts, bench.pad_token, lambda a: a.z)
+    examples = [(own, e) for own, task in enumerate(bench.settings.tasks) for e in bench.test_examples(task)[:rows]]
+    prompts, row = look_at(bench.model, pool, [e.prompt for _, e in examples], bench.pad_token, lambda a: a.z)
+    value = growing_evidence(pool, public, prompts, row, count)
+    out: dict[str, Any] = {"rows": rows, "sizes": sizes, "tasks": {}}
+    for own, task in enumerate(bench.settings.tasks):
+        mine = [index for index, (column, _) in enumerate(examples) if column == own]
+        entry: dict[str, Any] = {}
+        for size in sizes:
+            columns = value[mine, : len(pool) + size].argmax(1).tolist()
+            predicted = _answers(measuring, seed, task, columns)
+            right = [int(p == examples[i][1].gold) for p, i in zip(predicted, mine, strict=True)]
+            entry[str(size)] = {"right": right, "share": sum(c == own for c in columns) / len(columns)}
+        out["tasks"][task] = entry
+    return out
+
+
+def _answers(measuring: Measuring, seed: int, task: str, columns: Sequence[int]) -> list[int]:
+    """The answer of row i with adapter ``columns[i]``: one of the pool, or a distractor from its size on."""
+    bench = measuring.bench
+    pool = bench.pool(seed)
+    inside = [column if column < len(pool) else -1 for column in columns]
+    padded = [*inside, *[-1] * (len(bench.test_examples(task)) - len(columns))]
+    predicted = measuring.given(task, seed, padded)[: len(columns)]
+    outside = [row for row, column in enumerate(columns) if column >= len(pool)]
+    if outside:
+        numbers = sorted({columns[row] - len(pool) for row in outside})
+        made = distractors(pool, numbers, bench.settings.distractors)
+        chosen = [numbers.index(columns[row] - len(pool)) for row in outside]
+        examples = [bench.test_examples(task)[row] for row in outside]
+        for row, answer in zip(
+            outside, with_columns(bench.model, made, examples, chosen, bench.pad_token), strict=True
+        ):
+            predicted[row] = answer
+    return predicted

@@ -1,0 +1,92 @@
+"""Which candidate answer a model finds most likely, under any router."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seqr.bench.paper.tasks import Example
+from seqr.routers.interface import Batch
+from seqr.routers.mixture_model import hidden_states
+
+# Opens the routing of one batch: (batch, ids, the row of each sequence) -> a context for its forward pass.
+Routing = Callable[[Batch, torch.Tensor, list[int]], AbstractContextManager[None]]
+
+
+def no_routing(_batch: Batch, _ids: torch.Tensor, _rows: list[int]) -> AbstractContextManager[None]:
+    """The base model."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Stem:
+    """One forward sequence of a row: its prompt and all but the last token of some candidates."""
+
+    row: int
+    tokens: tuple[int, ...]
+    candidates: tuple[int, ...]
+
+
+def sequences_of(row: int, example: Example) -> list[Stem]:
+    """The fewest sequences that hold every candidate's log-likelihood: one, where all candidates are one token long."""
+    stems: dict[tuple[int, ...], list[int]] = {}
+    for index, candidate in sorted(enumerate(example.candidates), key=lambda item: -len(item[1])):
+        stem = candidate[:-1]
+        home = next((s for s in stems if s[: len(stem)] == stem), stem)
+        stems.setdefault(home, []).append(index)
+    return [Stem(row, example.prompt + stem, tuple(indexes)) for stem, indexes in stems.items()]
+
+
+def batched(sequences: Sequence[Stem], tokens: int) -> Iterator[list[Stem]]:
+    """Sequences of like length together, at most about ``tokens`` tokens a batch; a row's sequences stay ordered."""
+    batch: list[Stem] = []
+    for one in sorted(sequences, key=lambda s: len(s.tokens)):
+        if batch and (len(batch) + 1) * len(one.tokens) > tokens:
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def answers(
+    model: Any,
+    examples: Sequence[Example],
+    adapters: int,
+    pad_token: int,
+    routing: Routing = no_routing,
+    permitted: torch.Tensor | None = None,
+    tokens: int = 2048,
+) -> list[int]:
+    """The candidate of largest (weighted) log-likelihood for every example; the lowest index where two are equal.
+
+    permitted bool [rows, N]: what each row may use, by default everything.
+    """
+    found: list[list[float]] = [[-torch.inf] * len(e.candidates) for e in examples]
+    everything = [s for row, example in enumerate(examples) for s in sequences_of(row, example)]
+    head = model.get_output_embeddings()
+    for batch in batched(everything, tokens):
+        rows = [s.row for s in batch]
+        layout, ids = Batch.of(
+            [s.tokens for s in batch],
+            adapters,
+            pad_token,
+            [len(examples[row].prompt) for row in rows],
+            [examples[row].text for row in rows],
+            None if permitted is None else permitted[rows],
+        )
+        with torch.inference_mode(), routing(layout, ids, rows):
+            hidden = hidden_states(model, ids, layout)
+            starts = [len(examples[row].prompt) - 1 for row in rows]
+            spoken = [hidden[i, start : len(s.tokens)] for i, (s, start) in enumerate(zip(batch, starts, strict=True))]
+            log_p = torch.log_softmax(head(torch.cat(spoken)).float(), dim=-1)
+            likelihoods = torch.split(log_p, [len(part) for part in spoken])
+        for one, likelihood in zip(batch, likelihoods, strict=True):
+            example = examples[one.row]
+            for candidate in one.candidates:
+                answer = torch.tensor(example.candidates[candidate])
+                total = likelihood[torch.arange(len(answer)), answer].sum()
+                found[one.row][candidate] = float(total) / example.weights[candidate]
+    return [max(range(len(row)), key=lambda i: (row[i], -i)) for row in found]

@@ -1,0 +1,80 @@
+"""What a run has finished, on disk: adapters by the digest of everything that made them, results by name."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from seqr.canonical import canonical_json, sha256_hex
+from seqr.routers.pool import Factors, LoraFactors
+
+
+class Store:
+    """Two folders: ``adapters``, which runs may share, and ``results``, of one run.
+
+    Every file is written whole or not at all, so a run that is killed goes on where it was.
+    """
+
+    def __init__(self, adapters: Path, results: Path):
+        self.adapters = adapters
+        self.results = results
+        for folder in (adapters, results):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def adapter(self, recipe: dict[str, Any], train: Callable[[], Factors]) -> Factors:
+        """The adapter that ``recipe`` describes, trained now if it is not here yet."""
+        file = self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors"
+        if file.exists():
+            tensors = load_file(file)
+            modules = dict.fromkeys(name.removesuffix(".a").removesuffix(".b") for name in tensors)
+            return {m: LoraFactors(tensors[f"{m}.a"], tensors[f"{m}.b"]) for m in modules}
+        factors = train()
+        parts = {f"{m}.{k}": v.contiguous() for m, f in factors.items() for k, v in (("a", f.a), ("b", f.b))}
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file(parts, partial)
+        partial.rename(file)
+        return factors
+
+    def has_adapter(self, recipe: dict[str, Any]) -> bool:
+        """Whether ``adapter`` would have nothing to train."""
+        return (self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors").exists()
+
+    def result(self, name: str) -> Any:
+        """The JSON value stored under ``name``, or None."""
+        try:
+            return json.loads((self.results / f"{name}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def has_result(self, name: str) -> bool:
+        """Whether a JSON value is stored under ``name``."""
+        return (self.results / f"{name}.json").exists()
+
+    def has_arrays(self, name: str) -> bool:
+        """Whether tensors are stored under ``name``."""
+        return (self.results / f"{name}.safetensors").exists()
+
+    def keep(self, name: str, value: Any) -> None:
+        """Store a JSON value under ``name``."""
+        file = self.results / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(value), "utf-8")
+        partial.rename(file)
+
+    def arrays(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors stored under ``name``, or None."""
+        file = self.results / f"{name}.safetensors"
+        return load_file(file) if file.exists() else None
+
+    def keep_arrays(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Store tensors under ``name``."""
+        file = self.results / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        partial.rename(file)

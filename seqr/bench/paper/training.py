@@ -1,0 +1,121 @@
+"""One LoRA adapter per task, as the paper trains them (SEQR paper, appendix D): attention Linears, rank 32, alpha 64.
+
+Here all rows of a batch have nearly the same length, the loss is that of the answer alone, and there is no dropout (the
+paper: 0.05): 400 rows are too few for it to matter and every product counts on a small machine.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import get_cosine_schedule_with_warmup
+
+from seqr.bench.paper.tasks import Example
+from seqr.routers.interface import Batch
+from seqr.routers.mixture_model import hidden_states
+from seqr.routers.pool import LoraFactors
+from seqr.shared_a import draw_a
+
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained; two adapters of the same recipe, task, seed and rows have the same bytes."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    learning_rate: float = 2e-3
+    epochs: int = 1
+    batch_size: int = 8
+    warmup: float = 0.05
+    version: int = 1  # raised whenever a change here changes what is trained
+
+    def described(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return asdict(self)
+
+
+def train_adapter(
+    model: Any,
+    modules: Mapping[str, tuple[int, int]],
+    examples: Sequence[Example],
+    pad_token: int,
+    recipe: Recipe,
+    seed: int,
+    shared: bool,
+    progress: Progress | None = None,
+) -> dict[str, LoraFactors]:
+    """Train B (and A, unless ``shared``) and return both per module, the LoRA scale folded into b.
+
+    modules: (out, in) features by name. shared: every A is the plan-style draw of ``seed`` and frozen; otherwise it is
+    drawn for this task alone and learns. ``model`` is left as it was.
+    """
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules=list(modules))
+    adapted = get_peft_model(model, lora)
+    try:
+        layers = {name: adapted.get_base_model().get_submodule(name) for name in modules}
+        for name, (_, inputs) in modules.items():
+            weight = layers[name].lora_A["default"].weight
+            with torch.no_grad():
+                weight.copy_(draw_a(seed, name, recipe.rank, inputs))
+            weight.requires_grad_(not shared)
+        _fit(adapted, examples, pad_token, recipe, seed, progress)
+        scale = recipe.alpha / recipe.rank
+        return {
+            name: LoraFactors(
+                layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach() * scale
+            )
+            for name, layer in layers.items()
+        }
+    finally:
+        adapted.unload()
+
+
+def batches(examples: Sequence[Example], size: int, order: random.Random) -> list[list[Example]]:
+    """The examples in batches of like length, the batches in random order."""
+    ranked = sorted(examples, key=lambda e: (len(e.prompt) + len(e.candidates[e.gold]), e.text))
+    out = [ranked[start : start + size] for start in range(0, len(ranked), size)]
+    order.shuffle(out)
+    return out
+
+
+def _fit(
+    adapted: Any, examples: Sequence[Example], pad_token: int, recipe: Recipe, seed: int, progress: Progress | None
+) -> None:
+    order = random.Random(seed)
+    plan = [batch for _ in range(recipe.epochs) for batch in batches(examples, recipe.batch_size, order)]
+    learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=recipe.learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(recipe.warmup * len(plan))), len(plan))
+    adapted.train()
+    for step, batch in enumerate(plan, 1):
+        loss = answer_loss(adapted.get_base_model(), batch, pad_token)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(step, len(plan), float(loss.detach()))
+    adapted.eval()
+
+
+def answer_loss(model: Any, batch: Sequence[Example], pad_token: int) -> torch.Tensor:
+    """The mean negative log-likelihood of the answers' tokens, with the output head on their positions only."""
+    sequences = [e.prompt + e.candidates[e.gold] for e in batch]
+    layout, ids = Batch.of(sequences, 0, pad_token, [len(e.prompt) for e in batch])
+    hidden = hidden_states(model, ids, layout)
+    rows, columns = (
+        torch.tensor(index)
+        for index in zip(
+            *((i, p - 1) for i, e in enumerate(batch) for p in range(len(e.prompt), len(sequences[i]))), strict=True
+        )
+    )
+    logits = model.get_output_embeddings()(hidden[rows, columns])
+    return F.cross_entropy(logits.float(), ids[rows, columns + 1])

@@ -1,0 +1,67 @@
+"""The run as a list of units, each finished once and kept: any number of processes may work through it together."""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: done when ``done()`` says so, which ``work()`` brings about.
+
+    cost: how long it takes beside others, in tokens of a forward pass. after: names of units it needs.
+    """
+
+    name: str
+    cost: float
+    done: Callable[[], bool]
+    work: Callable[[], None]
+    after: tuple[str, ...] = ()
+
+
+@contextmanager
+def claimed(folder: Path, name: str) -> Iterator[bool]:
+    """Whether this process is the one to do ``name``; the claim ends with the block, or with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name.replace('/', '.')}.claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def work_through(units: Sequence[Unit], claims: Path, report: Report, pause: float = 2.0) -> None:
+    """Do every unit that is not done, in order, leaving out what other processes are at and coming back to it.
+
+    Each line of ``report`` has what was done, how long it took and how long the rest may take at this pace.
+    """
+    began, spent = time.monotonic(), 0.0
+    while left := [unit for unit in units if not unit.done()]:
+        waiting = {unit.name for unit in left}
+        ready = [unit for unit in left if not waiting & set(unit.after)]
+        for unit in ready:
+            with claimed(claims, unit.name) as mine:
+                if not mine or unit.done():
+                    continue
+                start = time.monotonic()
+                unit.work()
+                took = time.monotonic() - start
+            spent += unit.cost
+            rest = sum(other.cost for other in units if not other.done())
+            pace = (time.monotonic() - began) / max(spent, 1e-9)
+            report(f"{unit.name}  {took:.0f} s  ({_left(rest * pace)} left in this process's pace)")
+            break
+        else:
+            time.sleep(pause)
+
+
+def _left(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,112 @@
+"""One base model, the tasks' rows as tokens, and the adapters trained on them: what every experiment works on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqr.bench.errors import BenchOptionInvalid
+from seqr.bench.paper.store import Store
+from seqr.bench.paper.tasks import Example, Task, known_tasks, read_rows, sample
+from seqr.bench.paper.training import Progress, Recipe, train_adapter
+from seqr.canonical import canonical_json, sha256_hex
+from seqr.models import base_model_digest, linear_module_names, load_base_model
+from seqr.routers.pool import AdapterPool, Factors
+
+TEST_SEED = 20_509  # the test rows are the same for every training seed, so that all comparisons are of the same rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run: the defaults are the standard run."""
+
+    tasks: tuple[str, ...] = tuple(known_tasks())
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train_rows: int = 400
+    test_rows: int = 200
+    max_tokens: int = 96
+    recipe: Recipe = field(default_factory=Recipe)
+    distractors: int = 1500
+    encoder: str = ""  # a sentence-transformers model for LORAUTER, by path or hub id; empty: the one from PyPI
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in known_tasks()]
+        if unknown:
+            raise BenchOptionInvalid(f"there is no task {unknown[0]}; the tasks are {', '.join(known_tasks())}")
+        if len(self.tasks) < 2 or not self.seeds or min(self.train_rows, self.test_rows) < 1 or self.max_tokens < 16:
+            raise BenchOptionInvalid(
+                "at least two tasks, one seed, one training row, one test row and 16 tokens are needed"
+            )
+
+
+class Workbench:
+    """Loads the model once; trains an adapter when it is first asked for, unless ``store`` has it."""
+
+    def __init__(self, model_path: Path, data: Path, store: Store, settings: Settings):
+        self.settings = settings
+        self.store = store
+        self.digest = base_model_digest(model_path)
+        self.model_name = model_path.name
+        self.data = data
+        self.model, self.tokenizer = load_base_model(model_path, torch.float32)
+        self.model.requires_grad_(False)
+        self.pad_token = int(self.tokenizer.pad_token_id or 0)
+        specs = linear_module_names(self.model, "attention")
+        self.modules = {spec.name: (spec.out_features, spec.in_features) for spec in specs}
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of this run; adapter ``i`` of a pool is task ``i``'s."""
+        return tuple(known_tasks()[name] for name in self.settings.tasks)
+
+    def train_examples(self, task: str, seed: int) -> list[Example]:
+        """The training rows of a task for a seed."""
+        return self._examples(task, "train", self.settings.train_rows, seed)
+
+    def test_examples(self, task: str) -> list[Example]:
+        """The test rows of a task, the same for every seed."""
+        return self._examples(task, "test", self.settings.test_rows, TEST_SEED)
+
+    @cached_property
+    def test_tokens(self) -> int:
+        """How many tokens one pass over all test prompts and answers takes, for estimates."""
+        return sum(
+            sum(len(e.prompt) + len(c) for c in (e.candidates if len(e.candidates[0]) > 1 else e.candidates[:1]))
+            for task in self.settings.tasks
+            for e in self.test_examples(task)
+        )
+
+    def recipe_of(self, task: str, seed: int, shared: bool) -> dict[str, Any]:
+        """Everything that decides the bytes of an adapter."""
+        rows = [[e.prompt, e.candidates[e.gold]] for e in self.train_examples(task, seed)]
+        return {
+            "base": self.digest, "recipe": self.settings.recipe.described(), "seed": seed, "shared": shared,
+            "modules": sorted(self.modules), "rows": sha256_hex(canonical_json(rows)),
+        }  # fmt: skip
+
+    def adapter(self, task: str, seed: int, shared: bool, progress: Progress | None = None) -> Factors:
+        """The adapter of a task: with the A that all tasks of this seed share, or with an A of its own that learned."""
+        # An A of its own is drawn for the task; a shared one for the seed alone.
+        draw = seed if shared else 1000 * (seed + 1) + list(known_tasks()).index(task)
+        return self.store.adapter(
+            self.recipe_of(task, seed, shared),
+            lambda: train_adapter(
+                self.model, self.modules, self.train_examples(task, seed), self.pad_token, self.settings.recipe, draw,
+                shared, progress,
+            ),
+        )  # fmt: skip
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one workbench per process
+    def pool(self, seed: int, shared: bool = True) -> AdapterPool:
+        """The adapters of all tasks for a seed, in the order of the tasks."""
+        return AdapterPool(
+            {task: self.adapter(task, seed, shared) for task in self.settings.tasks}, tuple(self.modules)
+        )
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _examples(self, task: str, split: str, count: int, seed: int) -> list[Example]:
+        rows: Sequence[dict[str, Any]] = sample(read_rows(self.data, task, split), count, seed)
+        return [known_tasks()[task].example(row, self.tokenizer, self.settings.max_tokens) for row in rows]
