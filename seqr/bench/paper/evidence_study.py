@@ -20,7 +20,7 @@ class Variant:
     statistic: "norm" (||R z||), "log" (its logarithm), "relative" (||R z|| / ||z||); robust: median and MAD instead of
     mean and deviation; clip: bound of a score, None for none; sites: "all", or every how many-th module or which third
     of them counts; per_sequence: the deviation is that of a text's mean instead of a token's; texts: how many of the
-    public texts calibrate.
+    public texts calibrate; words: "all", or "first 8", "without first 4", "without last 8" of a prompt's tokens.
     """
 
     statistic: str = "norm"
@@ -29,14 +29,15 @@ class Variant:
     sites: str = "all"
     per_sequence: bool = False
     texts: int | None = None
+    words: str = "all"
 
-    def values(self, norms: Norms) -> torch.Tensor:
-        """The statistic of every token, module and adapter: fp64 [T, M, N]."""
-        wide = norms.norms.to(torch.float64)
+    def values(self, norms: Norms, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The statistic of every token, module and adapter: [T, M, N]."""
+        wide = norms.norms.to(dtype)
         if self.statistic == "log":
             return wide.clamp_min(1e-30).log()
         if self.statistic == "relative":
-            return wide / norms.size.to(torch.float64).clamp_min(1e-30)[:, :, None]
+            return wide / norms.size.to(dtype).clamp_min(1e-30)[:, :, None]
         return wide
 
     def modules(self, count: int) -> torch.Tensor:
@@ -48,6 +49,17 @@ class Variant:
         if self.sites in thirds:
             return index.chunk(3)[thirds[self.sites]]
         return index[:: int(self.sites.split()[1])]  # "every 4"
+
+    def counting(self, row: torch.Tensor) -> torch.Tensor:
+        """bool [T]: the tokens that count, row int64 [T] being their sequences in order."""
+        if self.words == "all":
+            return torch.ones_like(row, dtype=torch.bool)
+        *negated, end, number = self.words.split()
+        lengths = torch.bincount(row)
+        place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+        from_end = lengths[row] - 1 - place
+        chosen = (place if end == "first" else from_end) < int(number)
+        return ~chosen if negated else chosen
 
     def calibrated(self, public: Norms) -> Statistics:
         """mu and sigma of the statistic on the public text, fp64 [M, N]."""
@@ -67,11 +79,13 @@ def evidence(
 ) -> torch.Tensor:
     """The evidence of every prompt for every adapter: fp64 [S, N], the mean score over its words and the sites."""
     variant = variant or Variant()
-    score = (variant.values(norms) - statistics.mu) / statistics.sigma
-    score = score.nan_to_num(-1e9, 1e9, -1e9)
+    mu, sigma = statistics.mu.to(torch.float32), statistics.sigma.to(torch.float32)
+    score = variant.values(norms, torch.float32).sub(mu).div_(sigma).nan_to_num_(-1e9, 1e9, -1e9)
     if variant.clip is not None:
-        score = score.clamp(-variant.clip, variant.clip)
-    return row_means(score[:, variant.modules(score.shape[1])].mean(1), norms.row, rows)
+        score = score.clamp_(-variant.clip, variant.clip)
+    counting = variant.counting(norms.row)
+    of_token = score[:, variant.modules(score.shape[1])].mean(1, dtype=torch.float64)
+    return row_means(of_token[counting], norms.row[counting], int(norms.row.max()) + 1 if rows is None else rows)
 
 
 def row_means(values: torch.Tensor, row: torch.Tensor, rows: int | None = None) -> torch.Tensor:
@@ -114,6 +128,11 @@ ABLATIONS: dict[str, Variant] = {
     "every 2nd module": Variant(sites="every 2"),
     "every 4th module": Variant(sites="every 4"),
     "every 16th module": Variant(sites="every 16"),
+    "a prompt's first 8 tokens": Variant(words="first 8"),
+    "a prompt's first 16 tokens": Variant(words="first 16"),
+    "without a prompt's first 4 tokens": Variant(words="without first 4"),
+    "without a prompt's last 8 tokens": Variant(words="without last 8"),
+    "only a prompt's last 8 tokens": Variant(words="last 8"),
     "first third of the modules": Variant(sites="first third"),
     "middle third of the modules": Variant(sites="middle third"),
     "last third of the modules": Variant(sites="last third"),

@@ -32,9 +32,9 @@ class Plan:
         self._units = []
         tasks, (first, *others) = self.bench.settings.tasks, self.bench.settings.seeds
         self._seed(first)
-        self._explaining(first)
         for name, cost, after in self.extras.parts(first):
             self._kept(f"extra/{name}", cost, partial(self.extras.measure, name, first), after)
+        self._explaining(first)
         for task in tasks:
             self._train(task, first, shared=False)
         for task in tasks:

@@ -134,10 +134,13 @@ def _verdict(rows: list[Row]) -> list[str]:
     by_name = {row.router: row.average for row in rows}
     paper = [name for name in ("mu", "arrow", "lag", "seqr") if name in by_name]
     order = sorted(paper, key=lambda name: by_name[name])
-    lines.append(
-        f"The paper's order is MU < ARROW, LAG < SEQR. Here, from low to high: {', '.join(LABELS[n] for n in order)}"
-        + (": reproduced." if order[:1] == ["mu"] and order[-1:] == ["seqr"] else ": not reproduced.")
-    )
+    if len(paper) == 4:
+        middle = by_name["arrow"], by_name["lag"]
+        same = by_name["mu"] < min(middle) and by_name["seqr"] > max(middle)
+        lines.append(
+            f"The paper's order is MU < ARROW, LAG < SEQR. Here, from low to high: {', '.join(LABELS[n] for n in order)}: "
+            f"{'reproduced' if same else 'not reproduced'}."
+        )
     return lines
 
 

@@ -138,3 +138,11 @@ def test_padding_tokens_say_nothing(bench: Workbench) -> None:
     torch.testing.assert_close(longer.norms[longer.row == 0], alone.norms, rtol=1e-4, atol=1e-5)
     batch, ids = Batch.of([prompts[0]], 0, bench.pad_token)
     assert hidden_states(bench.model, ids, batch).shape[1] == len(alone.row) + 1
+
+
+def test_words_are_counted_from_either_end_of_each_prompt() -> None:
+    row = torch.tensor([0, 0, 0, 1, 1])
+    assert Variant(words="first 2").counting(row).tolist() == [True, True, False, True, True]
+    assert Variant(words="without first 2").counting(row).tolist() == [False, False, True, False, False]
+    assert Variant(words="last 1").counting(row).tolist() == [False, False, True, False, True]
+    assert Variant(words="without last 1").counting(row).tolist() == [True, True, False, True, False]

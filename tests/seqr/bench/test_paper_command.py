@@ -10,11 +10,13 @@ from seqr.cli import main
 from tests.seqr.bench.conftest import TASKS
 
 
-def run(data: Path, out: Path, model: Path, *more: str) -> None:
+def run(data: Path, out: Path, model: Path, *more: str, status: int = 0) -> None:
     options = ["--data", str(data), "--out", str(out), "--model", str(model), "--encoder", str(model)]
-    sizes = ["--tasks", ",".join(TASKS), "--seeds", "1", "--train-rows", "8", "--test-rows", "6", "--workers", "1"]
+    sizes = ["--tasks", ",".join(TASKS), "--seeds", "1", "--train-rows", "16", "--test-rows", "6", "--workers", "1"]
     sizes += ["--distractors", "30"]
-    main(["bench", "paper", *options, *sizes, *more])
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "paper", *options, *sizes, *more])
+    assert ended.value.code == status
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +67,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     data: Path, tiny: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        run(data, out, tiny, *options)
-    assert stopped.value.code == 1
+    run(data, out, tiny, *options, status=1)
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -81,6 +81,5 @@ def test_a_model_without_the_target_modules_is_refused(
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=16)).save_pretrained(
         tmp_path / "gpt2"
     )
-    with pytest.raises(SystemExit):
-        run(data, tmp_path / "out", tmp_path / "gpt2")
+    run(data, tmp_path / "out", tmp_path / "gpt2", status=1)
     assert "has no attention Linear layers that an adapter could be put on" in capsys.readouterr().err
