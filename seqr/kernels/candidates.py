@@ -54,14 +54,14 @@ class Candidates:
         out = self.column.new_empty(modules, tokens) if out is None else out
         padded, tile = triton.next_power_of_2(splits), 16
         grid = (triton.cdiv(tokens, tile), modules)
-        _choice_kernel[grid](
-            self.value, self.column, out, tokens, self.stride, SPLITS=splits, PADDED=padded, TILE=tile
-        )
+        _choice_kernel[grid](self.value, self.column, out, tokens, self.stride, SPLITS=splits, PADDED=padded, TILE=tile)
         return out
 
 
 @triton.jit
-def best_of(value: Pointer, column: Pointer, at: Tile, live: Tile, SPLITS: tl.constexpr, PADDED: tl.constexpr) -> Tile:
+def best_of(
+    value: "Pointer", column: "Pointer", at: "Tile", live: "Tile", SPLITS: tl.constexpr, PADDED: tl.constexpr
+) -> Tile:
     """The column of the best of S candidates from ``at`` on, per row of ``at`` [T] -> int32 [T], -1 for nobody."""
     if SPLITS == 1:
         return tl.load(column + at, mask=live, other=-1)
@@ -76,7 +76,7 @@ def best_of(value: Pointer, column: Pointer, at: Tile, live: Tile, SPLITS: tl.co
 
 @triton.jit
 def _choice_kernel(
-    value: Pointer, column: Pointer, out: Pointer, tokens: int, module_stride: int, SPLITS: tl.constexpr,
+    value: "Pointer", column: "Pointer", out: "Pointer", tokens: int, module_stride: int, SPLITS: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     module = tl.program_id(1)

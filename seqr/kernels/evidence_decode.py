@@ -46,10 +46,10 @@ def route_evidence(
 
 @triton.jit
 def _evidence_kernel(
-    z_parts: Pointer, z_sum: Pointer, gram: Pointer, offset: Pointer, pairs: Pointer, bits: Pointer, row: Pointer,
-    slot: Pointer, counts: Pointer, sums: Pointer, value: Pointer, best_value: Pointer, best_column: Pointer,
-    tokens: int, blocks: int, rows: int, sums_stride: int, part_stride: int, token_stride: int, PARTS: tl.constexpr,
-    MODULES: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, FEATURES: tl.constexpr,
+    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", bits: "Pointer",
+    row: "Pointer", slot: "Pointer", counts: "Pointer", sums: "Pointer", value: "Pointer", best_value: "Pointer",
+    best_column: "Pointer", tokens: int, blocks: int, rows: int, sums_stride: int, part_stride: int, token_stride: int,
+    PARTS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, FEATURES: tl.constexpr,
     FEATURE_STEP: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of tokens and one block of adapters, through all modules: value stays in registers between them."""

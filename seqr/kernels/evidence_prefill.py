@@ -38,7 +38,9 @@ class Chunks:
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int], device: torch.device, size: int = CHUNK) -> "Chunks":
         """One run per length, in order; ``slots``: where each one's sums live."""
-        chunks, runs, start = [], [], 0
+        chunks: list[tuple[int, int]] = []
+        runs: list[tuple[int, int, int]] = []
+        start = 0
         for length, slot in zip(lengths, slots, strict=True):
             first = len(chunks)
             chunks += [(at, min(size, start + length - at)) for at in range(start, start + length, size)]
@@ -63,7 +65,8 @@ def route_evidence_runs(
     """As ``route_evidence``, for runs of tokens; the runs share no slot but the spare one, where no token counts:
 
         prefix[m, t, n] = sums[m, slot, n] + sum of u[m, t', n] over t' <= t in t's run
-        value[t, n] += prefix[m, t, n];   choice[m, t] = argmax of value[t, :];   sums[m, slot, n] = the run's last prefix
+        value[t, n] += prefix[m, t, n];   choice[m, t] = argmax of value[t, :]
+        sums[m, slot, n] = the last prefix of the run
 
     z fp32 [1, T, M r] -> Candidates [M, T, N / 64] fp64. Any cutting of a sequence into runs gives the same bits.
     """
@@ -92,8 +95,8 @@ def route_evidence_runs(
 
 @triton.jit
 def _units_kernel(
-    z: Pointer, gram: Pointer, offset: Pointer, pairs: Pointer, chunk: Pointer, counts: Pointer, units: Pointer,
-    totals: Pointer, tokens: int, chunks: int, blocks: int, token_stride: int, RANK: tl.constexpr,
+    z: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", chunk: "Pointer", counts: "Pointer",
+    units: "Pointer", totals: "Pointer", tokens: int, chunks: int, blocks: int, token_stride: int, RANK: tl.constexpr,
     FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """units[m, t, n] and totals[m, c, n] = the sum over c's tokens, for one chunk, block and module."""
@@ -119,7 +122,7 @@ def _units_kernel(
 
 @triton.jit
 def _carry_kernel(
-    totals: Pointer, run: Pointer, sums: Pointer, before: Pointer, runs: int, chunks: int, blocks: int,
+    totals: "Pointer", run: "Pointer", sums: "Pointer", before: "Pointer", runs: int, chunks: int, blocks: int,
     sums_stride: int, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """before[m, c, n] = the run's sum when its chunk c begins; sums[m, slot, n] = its sum at the end. One run."""
@@ -142,9 +145,9 @@ def _carry_kernel(
 
 @triton.jit
 def _choose_kernel(
-    units: Pointer, before: Pointer, chunk: Pointer, bits: Pointer, row: Pointer, value: Pointer, best_value: Pointer,
-    best_column: Pointer, tokens: int, chunks: int, blocks: int, rows: int, MODULES: tl.constexpr,
-    TILE: tl.constexpr, FIRST: tl.constexpr,
+    units: "Pointer", before: "Pointer", chunk: "Pointer", bits: "Pointer", row: "Pointer", value: "Pointer",
+    best_value: "Pointer", best_column: "Pointer", tokens: int, chunks: int, blocks: int, rows: int,
+    MODULES: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
 ) -> None:  # fmt: skip
     """One chunk and one block of adapters, through all modules: value stays in registers between them."""
     c = tl.program_id(0)

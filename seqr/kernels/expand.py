@@ -28,10 +28,11 @@ def expand_tokens(
     sums, one rounding. In place, the row of a token with nobody is not touched. ``record`` int32 [M, T] gets i(m, t).
     For T up to some hundreds: every token reads its own adapter.
     """
+    base = y if source is None else source
     _expand_tokens_kernel[(y.shape[0], tables.blocks.shape[1])](
-        y, y if source is None else source, z, tables.b_t, tables.blocks, tables.span, choice.value, choice.column,
-        tables.span if record is None else record, y.shape[0], tables.blocks.shape[1], y.stride(0), y.stride(0) if source is None else source.stride(0), z.stride(0),
-        z.stride(1), choice.stride, OUTPUTS=tables.b_t.shape[2], PARTS=z.shape[0], RANK=tables.rank,
+        y, base, z, tables.b_t, tables.blocks, tables.span, choice.value, choice.column,
+        tables.span if record is None else record, y.shape[0], tables.blocks.shape[1], y.stride(0), base.stride(0),
+        z.stride(0), z.stride(1), choice.stride, OUTPUTS=tables.b_t.shape[2], PARTS=z.shape[0], RANK=tables.rank,
         RANK_PADDED=triton.next_power_of_2(tables.rank), SPLITS=choice.splits,
         SPLITS_PADDED=triton.next_power_of_2(choice.splits), BLOCK=SiteTables.BLOCK, IN_PLACE=source is None,
         RECORD=record is not None, num_warps=4,
@@ -40,9 +41,10 @@ def expand_tokens(
 
 @triton.jit
 def _expand_tokens_kernel(
-    y: Pointer, source: Pointer, z: Pointer, b_t: Pointer, blocks: Pointer, span: Pointer, best_value: Pointer,
-    best_column: Pointer, record: Pointer, tokens: int, count: int, y_stride: int, source_stride: int, part_stride: int, token_stride: int, module_stride: int,
-    OUTPUTS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, SPLITS: tl.constexpr,
+    y: "Pointer", source: "Pointer", z: "Pointer", b_t: "Pointer", blocks: "Pointer", span: "Pointer",
+    best_value: "Pointer", best_column: "Pointer", record: "Pointer", tokens: int, count: int, y_stride: int,
+    source_stride: int, part_stride: int, token_stride: int, module_stride: int, OUTPUTS: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr, RECORD: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -74,8 +76,8 @@ def _expand_tokens_kernel(
 def expand_groups(y: torch.Tensor, z: torch.Tensor, tables: SiteTables, groups: DeviceGroups) -> None:
     """y[t, o] = round(y[t, o] + sum over k of z[t, m, k] b_t[i(m, t), k, o]) for every token in a group, in place.
 
-    As ``expand_tokens``, z fp32 [1, T, M r], as one product per block of a group: z in three bf16 terms by bf16 b_t (the
-    products are exact), or IEEE fp32 by fp32 b_t. Which blocks there are is read on the device.
+    As ``expand_tokens``, z fp32 [1, T, M r], as one product per block of a group: z in three bf16 terms by bf16 b_t
+    (the products are exact), or IEEE fp32 by fp32 b_t. Which blocks there are is read on the device.
     """
     blocks_each = SiteTables.BLOCK // 128
     most = groups.adapter.shape[1] * tables.blocks.shape[1] * blocks_each
@@ -83,15 +85,16 @@ def expand_groups(y: torch.Tensor, z: torch.Tensor, tables: SiteTables, groups: 
         y, z, tables.b_t, tables.blocks, tables.span, groups.token, groups.adapter, groups.used, y.shape[0],
         tables.blocks.shape[1], groups.adapter.shape[1], y.stride(0), z.stride(1), OUTPUTS=tables.b_t.shape[2],
         RANK=tables.rank, RANK_PADDED=max(16, triton.next_power_of_2(tables.rank)), TILE=groups.tile,
-        BLOCK=128, BLOCKS_EACH=blocks_each, num_warps=4,
+        BLOCK=128, BLOCKS_EACH=blocks_each, num_warps=8, num_stages=2 if tables.b_t.dtype == torch.bfloat16 else 1,
     )  # fmt: skip
 
 
 @triton.jit
 def _expand_groups_kernel(
-    y: Pointer, z: Pointer, b_t: Pointer, blocks: Pointer, span: Pointer, sorted: Pointer, block_adapter: Pointer,
-    used: Pointer, tokens: int, count: int, group_blocks: int, y_stride: int, token_stride: int, OUTPUTS: tl.constexpr,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_EACH: tl.constexpr,
+    y: "Pointer", z: "Pointer", b_t: "Pointer", blocks: "Pointer", span: "Pointer", sorted: "Pointer",
+    block_adapter: "Pointer", used: "Pointer", tokens: int, count: int, group_blocks: int, y_stride: int,
+    token_stride: int, OUTPUTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS_EACH: tl.constexpr,
 ) -> None:  # fmt: skip
     """A fixed number of programs shares out (group block, output block) pairs, of which ``used`` says how many."""
     module = tl.program_id(1)

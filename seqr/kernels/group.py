@@ -8,7 +8,7 @@ import triton.language as tl
 
 from seqr.kernels.numbers import Pointer
 
-GROUP_TILE = 64
+GROUP_TILE = 32
 _COUNT_TILE = 128
 
 
@@ -64,7 +64,7 @@ def group(choice: torch.Tensor, adapters: int, tile: int = GROUP_TILE) -> Device
 
 @triton.jit
 def _count_kernel(
-    choice: Pointer, counts: Pointer, rank: Pointer, sorted: Pointer, block_adapter: Pointer, tokens: int,
+    choice: "Pointer", counts: "Pointer", rank: "Pointer", sorted: "Pointer", block_adapter: "Pointer", tokens: int,
     adapters: int, blocks: int, module_stride: int, TILE: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -95,7 +95,7 @@ def _count_kernel(
 
 @triton.jit
 def _start_kernel(
-    counts: Pointer, start: Pointer, used: Pointer, chunks: int, adapters: int, CHUNKS: tl.constexpr,
+    counts: "Pointer", start: "Pointer", used: "Pointer", chunks: int, adapters: int, CHUNKS: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """start[i] = the first row of i's run; counts[c, i] becomes how many of the chunks before c chose i."""
@@ -116,9 +116,9 @@ def _start_kernel(
 
 @triton.jit
 def _place_kernel(
-    choice: Pointer, counts: Pointer, start: Pointer, rank: Pointer, sorted: Pointer, block_adapter: Pointer,
-    tokens: int, adapters: int, chunks: int, blocks: int, module_stride: int, TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    choice: "Pointer", counts: "Pointer", start: "Pointer", rank: "Pointer", sorted: "Pointer",
+    block_adapter: "Pointer", tokens: int, adapters: int, chunks: int, blocks: int, module_stride: int,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each token into its row; the first token of a block names the block's adapter."""
     c = tl.program_id(0)

@@ -19,7 +19,7 @@ GRID = tl.constexpr(1048576.0)
 
 
 @triton.jit
-def rounded(x: Tile, dtype: tl.constexpr) -> Tile:
+def rounded(x: "Tile", dtype: tl.constexpr) -> Tile:
     """``x`` fp32 rounded once to ``dtype``, to nearest, half to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -29,14 +29,14 @@ def rounded(x: Tile, dtype: tl.constexpr) -> Tile:
 
 
 @triton.jit
-def whole(x: Tile) -> Tile:
+def whole(x: "Tile") -> Tile:
     """``x`` rounded to a whole number, half to even: fp32, |x| <= 2^23, where fp32 numbers from 2^23 on are whole."""
     near = (tl.abs(x) + 8388608.0) - 8388608.0
     return tl.where(x < 0.0, -near, near)
 
 
 @triton.jit
-def bf16_dot(a: Tile, b: Tile, sum: Tile) -> Tile:
+def bf16_dot(a: "Tile", b: "Tile", sum: "Tile") -> Tile:
     """``sum`` + a b: a [M, K], b [K, N] bf16, sum [M, N] fp32. Each product is exact; the additions are fp32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="ieee")
@@ -44,7 +44,7 @@ def bf16_dot(a: Tile, b: Tile, sum: Tile) -> Tile:
 
 
 @triton.jit
-def exact_dot(a: Tile, b: Tile, sum: Tile) -> Tile:
+def exact_dot(a: "Tile", b: "Tile", sum: "Tile") -> Tile:
     """``sum`` + a b for a [M, K] fp32 and b [K, N] bf16, with exact products: a is the sum of three bf16 numbers."""
     high = rounded(a, tl.bfloat16)
     rest = a - high.to(tl.float32)

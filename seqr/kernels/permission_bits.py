@@ -17,7 +17,7 @@ def pack_bits(table: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def permitted_tile(bits: Pointer, rows: int, words: int, row: Tile, column: Tile) -> Tile:
+def permitted_tile(bits: "Pointer", rows: int, words: int, row: "Tile", column: "Tile") -> Tile:
     """bool [T, N]: bit column[n] of row[t]. Row 0, and a row that does not exist, permits nobody: it fails closed."""
     known = (row > 0) & (row < rows)
     word = tl.load(bits + row[:, None] * words + (column // 32)[None, :], mask=known[:, None], other=0)

@@ -1,4 +1,4 @@
-"""z = A x with fp32's accuracy from bf16 x, on the tensor cores: for several A's that read the same x, in one launch."""
+"""z = A x with fp32's accuracy from bf16 x, on the tensor cores: all A's that read the same x in one launch."""
 
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ def project(x: torch.Tensor, a: Projection, parts: bool | None = None) -> torch.
 
 @triton.jit
 def _project_kernel(
-    x: Pointer, weight: Pointer, z: Pointer, tokens: int, inputs: int, x_stride: int, parts_here: int,
+    x: "Pointer", weight: "Pointer", z: "Pointer", tokens: int, inputs: int, x_stride: int, parts_here: int,
     COLUMNS: tl.constexpr, PADDED: tl.constexpr, LENGTH: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Per-token routing in one kernel: features, product, score, permission bit and running argmax; T x N is never written."""
+"""Per-token routing in one kernel: features, product, score, permission bit, running argmax. No T x N is written."""
 
 import torch
 import triton
@@ -35,8 +35,8 @@ def route_tokens(
     """choice[m, t] = argmax over n permitted to row[t] of score_n(z[t, m]); and z with its parts added, [1, T, M r].
 
     z fp32 [P, T, M r] (``project``: module m's r columns from m r on), bits int32 [rows, N / 32] (``pack_bits``), row
-    int32 [T] -> Candidates [M, T, S] fp32. A score that is not finite never wins, ties go to the lowest column, -1 where
-    nothing is permitted: ``seqr.routing.per_token``. How long it takes depends on T and N, not on who may use what.
+    int32 [T] -> Candidates [M, T, S] fp32. A score that is not finite never wins, ties go to the lowest column, -1
+    where nothing is permitted: ``seqr.routing.per_token``. The time it takes depends on T and N, not on permissions.
     """
     tokens, tile, blocks = z.shape[1], token_tile(z.shape[1]), tables.adapters // ADAPTER_BLOCK.value
     tiles = triton.cdiv(tokens, tile)
@@ -56,10 +56,11 @@ def route_tokens(
 
 @triton.jit
 def _route_kernel(
-    z_parts: Pointer, z_sum: Pointer, gram: Pointer, offset: Pointer, pairs: Pointer, bits: Pointer, row: Pointer,
-    best_value: Pointer, best_column: Pointer, tokens: int, blocks: int, per_split: int, rows: int, splits: int,
-    part_stride: int, token_stride: int, PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr, FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr, TILE: tl.constexpr,
+    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", bits: "Pointer",
+    row: "Pointer", best_value: "Pointer", best_column: "Pointer", tokens: int, blocks: int, per_split: int, rows: int,
+    splits: int, part_stride: int, token_stride: int, PARTS: tl.constexpr, RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of tokens, one run of adapter blocks, one module."""
     split = tl.program_id(1)

@@ -39,7 +39,7 @@ class RoutedSite(nn.Module):
         stacked: bool = False,
         overlap: bool = False,
     ):
-        """``linears`` become views of one weight; ``a``: their A [r, n] each; ``site``, ``first_module``: in the step."""
+        """``linears`` become views of one weight; ``a``: A [r, n] of each; ``site``, ``first_module``: in the step."""
         super().__init__()
         weights, device = [linear.weight.detach() for linear in linears], linears[0].weight.device
         if device.type != "cuda" and not INTERPRETED.value:
@@ -65,7 +65,9 @@ class RoutedSite(nn.Module):
         ]
         self.bias = torch.cat(biases) if any(linear.bias is not None for linear in linears) else None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._side = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+        self._side: torch.cuda.Stream | None = None
+        if overlap and device.type == "cuda":
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., outputs of all modules side by side]."""

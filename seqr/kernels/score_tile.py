@@ -8,7 +8,7 @@ from seqr.kernels.numbers import ADAPTER_BLOCK, CLIP, GRID, Pointer, Tile, whole
 
 @triton.jit
 def sum_parts(
-    z_parts: Pointer, out: Pointer, token: Tile, live: Tile, first: int, part_stride: int, token_stride: int,
+    z_parts: "Pointer", out: "Pointer", token: "Tile", live: "Tile", first: int, part_stride: int, token_stride: int,
     PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[t, first + k] = sum over p, in order, of z_parts[p, t, first + k], for k < r."""
@@ -23,8 +23,8 @@ def sum_parts(
 
 @triton.jit
 def score_tile(
-    z: Pointer, z_stride: int, gram: Pointer, offset: Pointer, pairs: Pointer, token: Tile, live: Tile, block: int,
-    FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr,
+    z: "Pointer", z_stride: int, gram: "Pointer", offset: "Pointer", pairs: "Pointer", token: "Tile", live: "Tile",
+    block: int, FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr,
 ) -> Tile:  # fmt: skip
     """score[t, n] = sqrt(max(0, sum over f of z[t, i_f] z[t, j_f] gram[block, f, n])) - offset[64 block + n]
 
@@ -51,21 +51,21 @@ def score_tile(
 
 
 @triton.jit
-def usable_tile(score: Tile) -> Tile:
+def usable_tile(score: "Tile") -> Tile:
     """Where a score is a number: False for NaN and for infinity."""
     return (score < float("inf")) & (score > float("-inf"))
 
 
 @triton.jit
-def units_tile(score: Tile, usable: Tile) -> Tile:
-    """The score clipped to [-6, 6] in units of 2^-20, whole, fp32; -6 where it is not usable (seqr.routing.evidence)."""
+def units_tile(score: "Tile", usable: "Tile") -> Tile:
+    """The score clipped to [-6, 6] in units of 2^-20, whole, fp32; -6 where not usable (``seqr.routing.evidence``)."""
     clipped = tl.minimum(tl.maximum(score, -CLIP), CLIP)
     return whole(tl.where(usable, clipped, -CLIP) * GRID)
 
 
 @triton.jit
-def best_in_tile(value: Tile, allowed: Tile) -> tuple[Tile, Tile]:
-    """(the largest allowed value, its lowest column) per row; (-inf, 0) where nothing is allowed. value must be finite."""
+def best_in_tile(value: "Tile", allowed: "Tile") -> tuple[Tile, Tile]:
+    """(the largest allowed value, its lowest column) per row, or (-inf, 0); it must be finite where it is allowed."""
     masked = tl.where(allowed, value, float("-inf"))
     top = tl.max(masked, 1)
     n = tl.arange(0, ADAPTER_BLOCK)

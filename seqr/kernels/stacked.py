@@ -30,4 +30,4 @@ def stacked_product(x: torch.Tensor, stacked: torch.Tensor, columns: int) -> tup
     else:
         out = torch.mm(x.to(torch.float32), stacked.T.to(torch.float32))
     outputs = stacked.shape[0] - TERMS * columns
-    return out[:, :outputs], out[:, outputs:].unflatten(1, (TERMS, columns)).transpose(0, 1)
+    return out[:, :outputs], out[:, outputs:].view(-1, TERMS, columns).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""What one forward pass needs on the device: fixed buffers, so that a captured graph can be replayed for the next step."""
+"""What one forward pass needs on the device: fixed buffers, so that a captured graph serves the next step as well."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,7 +122,7 @@ class DeviceStep:
         self._first = True
 
     def choose(self, site: int, first_module: int, z: torch.Tensor) -> tuple[Candidates, torch.Tensor]:
-        """The site's choices for z [P, T, M r], and z with its parts added where it was scored. See ``route_tokens``."""
+        """The site's choices for z [P, T, M r], and z, its parts added where it was scored. See ``route_tokens``."""
         tables, batch = self.tables[site], self.batch
         if self.modes == {"prompt_evidence"}:
             return Candidates.settled(batch.settled, tables.modules), z

@@ -25,4 +25,6 @@ def reason_to_skip() -> str:
 
 
 # test_triton.py then says why.
-collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_triton.py"] * bool(reason_to_skip())
+collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_triton.py"] * bool(
+    reason_to_skip()
+)

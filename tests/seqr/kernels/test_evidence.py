@@ -9,9 +9,9 @@ from seqr.kernels.candidates import Candidates
 from seqr.kernels.evidence_decode import route_evidence
 from seqr.kernels.evidence_prefill import Chunks, route_evidence_runs
 from seqr.routing.evidence import EvidencePass, EvidenceState, Spans
-from seqr.routing.reference import reference_choice, reference_evidence
 from seqr.routing.features import features
 from seqr.routing.products import score_product
+from seqr.routing.reference import reference_choice, reference_evidence
 from seqr.routing.scores import choose, usable
 from tests.seqr.kernels.world import DEVICE, World, random_world, rows_for, tables_of
 
@@ -21,7 +21,12 @@ WORLD = random_world(tokens=TOKENS, adapters=ADAPTERS, rank=4, outputs=(8, 8, 8)
 
 
 def cpu_pass(
-    world: World, lengths: list[int], slots: list[int], counts: torch.Tensor, sums: torch.Tensor, permitted: torch.Tensor
+    world: World,
+    lengths: list[int],
+    slots: list[int],
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    permitted: torch.Tensor,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Choice per module and the last value, by the CPU path; ``sums`` [M, slots + 1, N] is updated."""
     state = EvidenceState(MODULES, SLOTS, (), world.tables.adapters)
@@ -99,7 +104,7 @@ def test_decode_gives_the_bits_of_the_cpu_path(sites: list[int]) -> None:
     assert [c.tolist() for c in got] == [c.tolist() for c in expected]
 
 
-@pytest.mark.parametrize(("size", "sites"), [(4, [3]), (16, [1, 2])])
+@pytest.mark.parametrize(("size", "sites"), [(8, [3]), (16, [1, 2])])
 @pytest.mark.parametrize("lengths", [[29], [1, 12, 3, 9, 4], [8, 16, 5]])
 def test_prefill_gives_the_bits_of_the_cpu_path(lengths: list[int], size: int, sites: list[int]) -> None:
     slots = [4, 0, 5, 2, SLOTS][: len(lengths)]
@@ -117,7 +122,7 @@ def test_prefill_gives_the_bits_of_the_cpu_path(lengths: list[int], size: int, s
 
 
 def test_any_cutting_of_a_sequence_gives_the_bits_of_one_prefill() -> None:
-    table, bits, row = permissions(TOKENS, 3)
+    _, bits, row = permissions(TOKENS, 3)
     counts = torch.ones(TOKENS, dtype=torch.int8, device=DEVICE)
     shape = (MODULES, SLOTS + 1, WORLD.tables.adapters)
     whole_sums = torch.zeros(shape, dtype=torch.float64, device=DEVICE)

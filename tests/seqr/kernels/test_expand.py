@@ -54,9 +54,7 @@ def test_the_share_of_the_chosen_is_added_whatever_their_popularity(choices: lis
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [1, 3, 16, 32])
-def test_one_rounding_for_every_rank_and_dtype(
-    rank: int, dtype: torch.dtype, weights: torch.dtype, form: str
-) -> None:
+def test_one_rounding_for_every_rank_and_dtype(rank: int, dtype: torch.dtype, weights: torch.dtype, form: str) -> None:
     world = random_world(tokens=19, rank=rank, outputs=(300, 24), dtype=weights)
     choices = [[t % 5 - 1 for t in range(19)], [t % 3 for t in range(19)]]
     y = torch.randn(19, 324, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)

@@ -8,7 +8,9 @@ from seqr.kernels.stacked import stack_weight, stacked_product
 from tests.seqr.kernels.world import DEVICE
 
 
-def some(tokens: int, inputs: int, columns: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def some(
+    tokens: int, inputs: int, columns: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return (
         torch.randn(tokens, inputs, generator=g).to(dtype).to(DEVICE),
@@ -18,9 +20,7 @@ def some(tokens: int, inputs: int, columns: int, dtype: torch.dtype, seed: int =
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("tokens", "inputs", "columns"), [(1, 64, 3), (17, 200, 24), (70, 130, 48), (65, 2112, 16)])
-def test_z_is_the_fp64_product_within_fp32_rounding(
-    tokens: int, inputs: int, columns: int, dtype: torch.dtype
-) -> None:
+def test_z_is_the_fp64_product_within_fp32_rounding(tokens: int, inputs: int, columns: int, dtype: torch.dtype) -> None:
     x, a = some(tokens, inputs, columns, dtype)
     expected, size = x.double() @ a.double().T, x.double().abs() @ a.double().abs().T
     for parts in (True, False):

@@ -24,7 +24,9 @@ def test_one_permitted_adapter_is_the_choice_and_none_is_nobody(choices: list[in
     assert chosen(world, bits, row) == [choices] * 3
 
 
-@pytest.mark.parametrize(("rank", "adapters", "tokens"), [(1, 5, 3), (3, 70, 17), (8, 130, 9), (16, 64, 66), (32, 65, 5)])
+@pytest.mark.parametrize(
+    ("rank", "adapters", "tokens"), [(1, 5, 3), (3, 70, 17), (8, 130, 9), (16, 64, 66), (32, 65, 5)]
+)
 def test_the_choice_is_the_fp64_argmax_over_the_permitted(rank: int, adapters: int, tokens: int) -> None:
     world = random_world(tokens, adapters, rank, outputs=(8, 8), seed=rank)
     g = torch.Generator().manual_seed(rank)

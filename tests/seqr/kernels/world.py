@@ -1,4 +1,4 @@
-"""Adapters, tokens and permissions for one site, and the plain fp64 meaning of it: what every kernel is compared with."""
+"""Adapters, tokens and permissions for one site, and the plain fp64 meaning that every kernel is compared with."""
 
 import math
 from dataclasses import dataclass
