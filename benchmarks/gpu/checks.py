@@ -119,10 +119,9 @@ def _evidence(s: Sizes, rank: int, device: torch.device) -> Iterator[Check]:
             z[:, t : t + 1], tables, bits, row[t : t + 1], slot, counts[:1], stepped, value[:1], True
         )  # fmt: skip
         choices.append(found.choice())
-    yield Check(
-        "evidence: prefill = decode bit for bit", torch.equal(ran, stepped) and torch.equal(torch.cat(choices, 1), whole),
-        f"largest difference {float((ran - stepped).abs().max()):.0f} units",
-    )  # fmt: skip
+    same = torch.equal(ran, stepped) and torch.equal(torch.cat(choices, 1), whole)
+    off = float((ran - stepped).abs().max())
+    yield Check("evidence: prefill = decode bit for bit", same, f"largest difference {off:.0f} units")
     units = torch.zeros(modules, width, dtype=torch.float64, device=device)
     first, second = (pair.long() for pair in tables.pairs)
     for m in range(modules):
