@@ -1,0 +1,125 @@
+"""What the chosen adapter adds: y[t] += z[t] B_i^T in place, per token for few tokens and per group for many."""
+
+import torch
+import triton
+import triton.language as tl
+
+from seqr.kernels.candidates import Candidates, best_of
+from seqr.kernels.group import DeviceGroups
+from seqr.kernels.numbers import Pointer, exact_dot, rounded
+from seqr.kernels.tables import SiteTables
+
+# Four programs for each of an H200's 132 multiprocessors.
+_PROGRAMS = 528
+
+
+def expand_tokens(
+    y: torch.Tensor,
+    z: torch.Tensor,
+    tables: SiteTables,
+    choice: Candidates,
+    source: torch.Tensor | None = None,
+    record: torch.Tensor | None = None,
+) -> None:
+    """y[t, o] = round(w[t, o] + sum over k of z[t, m, k] b_t[i(m, t), k, o]),  m = the module that o belongs to
+
+    where w is ``source`` if given, else y itself: y [T, outputs] of any float dtype, in place; source fp32
+    [T, >= outputs]; z fp32 [P, T, M r], its parts added in order; choice [M, T, S], the best of its S candidates. fp32
+    sums, one rounding. In place, the row of a token with nobody is not touched. ``record`` int32 [M, T] gets i(m, t).
+    For T up to some hundreds: every token reads its own adapter.
+    """
+    base = y if source is None else source
+    _expand_tokens_kernel[(y.shape[0], tables.blocks.shape[1])](
+        y, base, z, tables.b_t, tables.blocks, tables.span, choice.value, choice.column,
+        tables.span if record is None else record, y.shape[0], tables.blocks.shape[1], y.stride(0), base.stride(0),
+        z.stride(0), z.stride(1), choice.stride, OUTPUTS=tables.b_t.shape[2], PARTS=z.shape[0], RANK=tables.rank,
+        RANK_PADDED=triton.next_power_of_2(tables.rank), SPLITS=choice.splits,
+        SPLITS_PADDED=triton.next_power_of_2(choice.splits), BLOCK=SiteTables.BLOCK, IN_PLACE=source is None,
+        RECORD=record is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _expand_tokens_kernel(
+    y: "Pointer", source: "Pointer", z: "Pointer", b_t: "Pointer", blocks: "Pointer", span: "Pointer",
+    best_value: "Pointer", best_column: "Pointer", record: "Pointer", tokens: int, count: int, y_stride: int,
+    source_stride: int, part_stride: int, token_stride: int, module_stride: int, OUTPUTS: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr, RECORD: tl.constexpr,
+) -> None:  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    module = tl.load(blocks + block)
+    column = tl.load(blocks + count + block) + tl.arange(0, BLOCK)
+    inside = column < tl.load(blocks + 2 * count + block)
+    one = tl.arange(0, 1)
+    at = module.to(tl.int64) * module_stride + token * SPLITS + one
+    adapter = tl.sum(best_of(best_value, best_column, at, one == 0, SPLITS, SPLITS_PADDED), 0)
+    if RECORD:
+        tl.store(record + module * tokens + token, adapter, mask=tl.load(span + module) == block)
+    if IN_PLACE:
+        inside = inside & (adapter >= 0)
+    k = tl.arange(0, RANK_PADDED)
+    own = k < RANK
+    own_z = tl.zeros([RANK_PADDED], tl.float32)
+    for part in range(PARTS):
+        own_z += tl.load(z + part * part_stride + token * token_stride + module * RANK + k, mask=own, other=0.0)
+    at_b = b_t + (adapter.to(tl.int64) * RANK + k)[:, None] * OUTPUTS + column[None, :]
+    b = tl.load(at_b, mask=own[:, None] & inside[None, :] & (adapter >= 0), other=0.0).to(tl.float32)
+    base = tl.load(source + token * source_stride + column, mask=inside, other=0.0).to(tl.float32)
+    sum = base + tl.sum(own_z[:, None] * b, 0)
+    # b is 0 where nobody was chosen, but z need not be finite there, and 0 times infinity is no 0.
+    sum = tl.where(adapter >= 0, sum, base)
+    tl.store(y + token * y_stride + column, rounded(sum, y.dtype.element_ty), mask=inside)
+
+
+def expand_groups(y: torch.Tensor, z: torch.Tensor, tables: SiteTables, groups: DeviceGroups) -> None:
+    """y[t, o] = round(y[t, o] + sum over k of z[t, m, k] b_t[i(m, t), k, o]) for every token in a group, in place.
+
+    As ``expand_tokens``, z fp32 [1, T, M r], as one product per block of a group: z in three bf16 terms by bf16 b_t
+    (the products are exact), or IEEE fp32 by fp32 b_t. Which blocks there are is read on the device.
+    """
+    blocks_each = SiteTables.BLOCK // 128
+    most = groups.adapter.shape[1] * tables.blocks.shape[1] * blocks_each
+    _expand_groups_kernel[(min(most, _PROGRAMS // tables.modules), tables.modules)](
+        y, z, tables.b_t, tables.blocks, tables.span, groups.token, groups.adapter, groups.used, y.shape[0],
+        tables.blocks.shape[1], groups.adapter.shape[1], y.stride(0), z.stride(1), OUTPUTS=tables.b_t.shape[2],
+        RANK=tables.rank, RANK_PADDED=max(16, triton.next_power_of_2(tables.rank)), TILE=groups.tile,
+        BLOCK=128, BLOCKS_EACH=blocks_each, num_warps=8, num_stages=2 if tables.b_t.dtype == torch.bfloat16 else 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _expand_groups_kernel(
+    y: "Pointer", z: "Pointer", b_t: "Pointer", blocks: "Pointer", span: "Pointer", sorted: "Pointer",
+    block_adapter: "Pointer", used: "Pointer", tokens: int, count: int, group_blocks: int, y_stride: int,
+    token_stride: int, OUTPUTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS_EACH: tl.constexpr,
+) -> None:  # fmt: skip
+    """A fixed number of programs shares out (group block, output block) pairs, of which ``used`` says how many."""
+    module = tl.program_id(1)
+    k = tl.arange(0, RANK_PADDED)
+    own = k < RANK
+    first = tl.load(span + module)
+    parts = tl.load(span + tl.num_programs(1) + module) * BLOCKS_EACH
+    for work in range(tl.program_id(0), tl.load(used + module) * parts, tl.num_programs(0)):
+        group = module * group_blocks + work // parts
+        block = first + work % parts // BLOCKS_EACH
+        column = tl.load(blocks + count + block) + work % parts % BLOCKS_EACH * BLOCK + tl.arange(0, BLOCK)
+        inside = column < tl.load(blocks + 2 * count + block)
+        token = tl.load(sorted + group * TILE + tl.arange(0, TILE))
+        live = token < tokens
+        row = token.to(tl.int64)
+        at_z = z + row[:, None] * token_stride + (module * RANK + k)[None, :]
+        own_z = tl.load(at_z, mask=live[:, None] & own[None, :], other=0.0)
+        at_b = b_t + (tl.load(block_adapter + group).to(tl.int64) * RANK + k)[:, None] * OUTPUTS + column[None, :]
+        b = tl.load(at_b, mask=own[:, None] & inside[None, :], other=0.0)
+        sum = tl.zeros([TILE, BLOCK], tl.float32)
+        if b_t.dtype.element_ty == tl.bfloat16:
+            sum = exact_dot(own_z, b, sum)
+        else:
+            sum = tl.dot(own_z, b.to(tl.float32), sum, input_precision="ieee")
+        at_y = y + row[:, None] * y_stride + column[None, :]
+        mask = live[:, None] & inside[None, :]
+        sum += tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
+        tl.store(at_y, rounded(sum, y.dtype.element_ty), mask=mask)

@@ -1,0 +1,100 @@
+"""Per-token routing in one kernel: features, product, score, permission bit, running argmax. No T x N is written."""
+
+import torch
+import triton
+import triton.language as tl
+
+from seqr.kernels.candidates import Candidates
+from seqr.kernels.numbers import ADAPTER_BLOCK, Pointer
+from seqr.kernels.permission_bits import permitted_tile
+from seqr.kernels.score_tile import best_in_tile, score_tile, sum_parts, usable_tile
+from seqr.kernels.tables import SiteTables
+
+DECODE_TOKENS = 64
+# Programs that keep an H200's 132 multiprocessors busy.
+_PROGRAMS = 264
+
+
+def token_tile(tokens: int) -> int:
+    """Tokens per program: by T only."""
+    return 16 if tokens <= DECODE_TOKENS else 64
+
+
+def summed(z: torch.Tensor, copies: int) -> torch.Tensor:
+    """Where a kernel leaves the sum of z's parts [P, T, C]: [copies, T, C], one copy per program that needs it.
+
+    Each copy is written and read by the programs of one split only, so that nobody waits for another. With P = 1 there
+    is nothing to add, and the result is z itself.
+    """
+    return z if z.shape[0] == 1 else z.new_empty(copies, z.shape[1], z.shape[2])
+
+
+def route_tokens(
+    z: torch.Tensor, tables: SiteTables, bits: torch.Tensor, row: torch.Tensor
+) -> tuple[Candidates, torch.Tensor]:
+    """choice[m, t] = argmax over n permitted to row[t] of score_n(z[t, m]); and z with its parts added, [1, T, M r].
+
+    z fp32 [P, T, M r] (``project``: module m's r columns from m r on), bits int32 [rows, N / 32] (``pack_bits``), row
+    int32 [T] -> Candidates [M, T, S] fp32. A score that is not finite never wins, ties go to the lowest column, -1
+    where nothing is permitted: ``seqr.routing.per_token``. The time it takes depends on T and N, not on permissions.
+    """
+    tokens, tile, blocks = z.shape[1], token_tile(z.shape[1]), tables.adapters // ADAPTER_BLOCK.value
+    tiles = triton.cdiv(tokens, tile)
+    splits = max(1, min(blocks, _PROGRAMS // (tiles * tables.modules)))
+    per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, per_split)
+    z_sum = summed(z, splits)
+    found = Candidates.empty(tables.modules, tokens, splits, torch.float32, z.device)
+    _route_kernel[(tiles, splits, tables.modules)](
+        z, z_sum, tables.gram, tables.offset, tables.pairs, bits, row, found.value, found.column, tokens, blocks,
+        per_split, bits.shape[0], splits, z.stride(0), z.stride(1),
+        PARTS=z.shape[0], RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
+        COLUMNS=tables.modules * tables.rank, FEATURES=tables.features, FEATURE_STEP=16, TILE=tile, num_warps=4,
+    )  # fmt: skip
+    return found, z_sum[:1]
+
+
+@triton.jit
+def _route_kernel(
+    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", bits: "Pointer",
+    row: "Pointer", best_value: "Pointer", best_column: "Pointer", tokens: int, blocks: int, per_split: int, rows: int,
+    splits: int, part_stride: int, token_stride: int, PARTS: tl.constexpr, RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of tokens, one run of adapter blocks, one module."""
+    split = tl.program_id(1)
+    module = tl.program_id(2)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    live = token < tokens
+    first = module * RANK
+    if PARTS > 1:
+        own = z_sum + split.to(tl.int64) * tokens * COLUMNS
+        sum_parts(
+            z_parts, own, token, live, first, part_stride, token_stride, PARTS, RANK, RANK_PADDED, COLUMNS
+        )  # fmt: skip
+        tl.debug_barrier()
+        z = own + first
+        z_stride = COLUMNS
+    else:
+        z = z_parts + first
+        z_stride = token_stride
+    own_row = tl.load(row + token, mask=live, other=0)
+    module_gram = gram + module * blocks * FEATURES * ADAPTER_BLOCK
+    module_offset = offset + module * blocks * ADAPTER_BLOCK
+    n = tl.arange(0, ADAPTER_BLOCK)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    chosen = tl.full([TILE], -1, tl.int32)
+    for block in range(split * per_split, tl.minimum((split + 1) * per_split, blocks)):
+        score = score_tile(
+            z, z_stride, module_gram, module_offset, pairs, token, live, block, FEATURES, FEATURE_STEP
+        )  # fmt: skip
+        column = block * ADAPTER_BLOCK + n
+        allowed = permitted_tile(bits, rows, blocks * (ADAPTER_BLOCK // 32), own_row, column)
+        top, lowest = best_in_tile(score, allowed & usable_tile(score))
+        better = top > best
+        chosen = tl.where(better, block * ADAPTER_BLOCK + lowest, chosen)
+        best = tl.where(better, top, best)
+    at = (module * tokens + token).to(tl.int64) * splits + split
+    tl.store(best_value + at, best, mask=live)
+    tl.store(best_column + at, chosen, mask=live)
