@@ -138,7 +138,7 @@ def _verdict(rows: list[Row]) -> list[str]:
         middle = by_name["arrow"], by_name["lag"]
         same = by_name["mu"] < min(middle) and by_name["seqr"] > max(middle)
         lines.append(
-            f"The paper's order is MU < ARROW, LAG < SEQR. Here, from low to high: {', '.join(LABELS[n] for n in order)}: "
+            f"The paper's order is MU < ARROW, LAG < SEQR. Here, low to high: {', '.join(LABELS[n] for n in order)}: "
             f"{'reproduced' if same else 'not reproduced'}."
         )
     return lines
