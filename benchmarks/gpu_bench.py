@@ -56,7 +56,7 @@ class Report:
         start = time.monotonic()
         try:
             self.data[name] = work()
-        except Exception as error:  # noqa: BLE001 - the lent machine's time is short: keep what the others find
+        except Exception as error:  # noqa: BLE001 - time on a card is short: keep what the others find
             self.fail(f"{name}: {type(error).__name__}: {error}")
             import traceback
 

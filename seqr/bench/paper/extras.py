@@ -43,12 +43,13 @@ class Extras:
         passes = float(self.bench.test_tokens)
         return [
             ("ablations", 1_000, read_all),
+            ("norms", 1_000, read_all),
             ("maximising", 20_000, read_all),
             ("distractors", passes / 2, (*read_all, *answered)),
             ("forbidden", passes, (*read_all, *answered)),
             ("noise", passes, (*read_all, *answered)),
             *((f"regime-{name}", 1.5 * passes, (*read_all, *answered)) for name in REGIMES),
-            ("norms", 30_000, (*read_all, *trained)),
+            ("unique-norms", 30_000, trained),
         ]
 
     def measure(self, name: str, seed: int) -> Json:
@@ -60,6 +61,7 @@ class Extras:
             else:
                 methods: dict[str, Callable[[int], Json]] = {
                     "ablations": self.ablations, "maximising": self.maximising, "norms": self.norms,
+                    "unique-norms": self.unique_norms,
                     "distractors": self.distractors, "forbidden": self.forbidden, "noise": self.noise,
                 }  # fmt: skip
                 value = methods[name](seed)
@@ -101,27 +103,26 @@ class Extras:
         return maximiser_shares(self.m, seed)
 
     def norms(self, seed: int) -> Json:
-        """Figures 2 and 3: mean norm of every adapter on every task, raw and calibrated, for both kinds of A."""
-        tasks = self.bench.settings.tasks
+        """Figures 2 and 3: mean norm of every adapter on every task, raw and calibrated, where A is shared."""
         own, public = self.m.own_statistics(seed), self.m.public_statistics(seed)
-        raw, scored, of_public = [], [], []
-        for task in tasks:
+        out: Json = {"raw": [], "own": [], "public": []}
+        for task in self.bench.settings.tasks:
             norms = self.m.norms(task, seed).norms.to(torch.float64)
-            raw.append(norms.mean((0, 1)).tolist())
-            scored.append(((norms - own.mu) / own.sigma).mean((0, 1)).tolist())
-            of_public.append(((norms - public.mu) / public.sigma).mean((0, 1)).tolist())
-        pool = self.bench.pool(seed, False)
-        unique_own = self.m.own_statistics(seed, False)
-        unique_raw, unique_scored = [], []
-        for task in tasks:
+            out["raw"].append(norms.mean((0, 1)).tolist())
+            out["own"].append(((norms - own.mu) / own.sigma).mean((0, 1)).tolist())
+            out["public"].append(((norms - public.mu) / public.sigma).mean((0, 1)).tolist())
+        return out
+
+    def unique_norms(self, seed: int) -> Json:
+        """The same on some rows, for adapters that have an A each."""
+        pool, own = self.bench.pool(seed, False), self.m.own_statistics(seed, False)
+        out: Json = {"raw": [], "own": []}
+        for task in self.bench.settings.tasks:
             prompts = [e.prompt for e in self.bench.test_examples(task)[:UNIQUE_ROWS]]
             norms = read(self.bench.model, pool, prompts, self.bench.pad_token).norms.to(torch.float64)
-            unique_raw.append(norms.mean((0, 1)).tolist())
-            unique_scored.append(((norms - unique_own.mu) / unique_own.sigma).mean((0, 1)).tolist())
-        return {
-            "tasks": list(tasks), "shared": {"raw": raw, "own": scored, "public": of_public},
-            "unique": {"raw": unique_raw, "own": unique_scored},
-        }  # fmt: skip
+            out["raw"].append(norms.mean((0, 1)).tolist())
+            out["own"].append(((norms - own.mu) / own.sigma).mean((0, 1)).tolist())
+        return out
 
     def distractors(self, seed: int) -> Json:
         """Prompt evidence in a library that grows by adapters of nobody here."""

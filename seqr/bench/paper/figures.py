@@ -17,9 +17,10 @@ from matplotlib import pyplot as plt
 def write_figures(summary: Summary, out: Path) -> dict[str, str]:
     """Draw what has been measured; returns file name by figure."""
     drawn = {"flops": _flops(out / "figure-5-flops.svg")}
-    if norms := summary.extra("norms"):
-        drawn["norms"] = _distributions(norms, out / "figure-2-norms.svg")
-        drawn["heat"] = _heat_maps(norms, out / "figure-3-heat-maps.svg")
+    kinds = {"unique A": summary.extra("unique-norms"), "shared A": summary.extra("norms")}
+    if measured := {kind: norms for kind, norms in kinds.items() if norms is not None}:
+        drawn["norms"] = _distributions(summary.tasks, measured, out / "figure-2-norms.svg")
+        drawn["heat"] = _heat_maps(summary.tasks, measured, out / "figure-3-heat-maps.svg")
     if maximising := summary.extra("maximising"):
         drawn["maximising"] = _maximising(maximising, out / "figure-4-maximising.svg")
     if noise := summary.extra("noise"):
@@ -47,6 +48,9 @@ def _flops(file: Path) -> str:
             shapes = [((v, 8, 4096), (1000, 8, v), (1000, v, 4096))[column] for v in values]
             axes[0][column].loglog(values, [flops(method, a, r, n, n) for a, r, n in shapes], marker=".")
             axes[1][column].loglog(values, [stored(method, a, r, n, n) for a, r, n in shapes], marker=".")
+        for axis in axes[:, column]:
+            axis.set_xticks(values, [f"{v:,}" for v in values], rotation=45, fontsize=8)
+            axis.minorticks_off()
         axes[1][column].set_xlabel(label)
     axes[0][0].set_ylabel("operations per token")
     axes[1][0].set_ylabel("bytes read per token")
@@ -54,34 +58,36 @@ def _flops(file: Path) -> str:
     return _save(figure, file)
 
 
-def _distributions(norms: Mapping[str, Any], file: Path) -> str:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    for axis, kind in zip(axes, ("unique", "shared"), strict=True):
-        values = np.asarray(norms[kind]["raw"])
+def _distributions(tasks: Sequence[str], of_kind: Mapping[str, Any], file: Path) -> str:
+    figure, axes = plt.subplots(1, len(of_kind), figsize=(5.5 * len(of_kind), 3.6), sharey=True, squeeze=False)
+    for axis, (kind, norms) in zip(axes.flat, of_kind.items(), strict=True):
+        values = np.asarray(norms["raw"])
         axis.boxplot([values[:, adapter] for adapter in range(values.shape[1])])
-        axis.set_xticks(range(1, len(norms["tasks"]) + 1), norms["tasks"], rotation=60, fontsize=8)
-        axis.set_title(f"{kind} A: mean norm of each adapter over the tasks", fontsize=9)
+        axis.set_xticks(range(1, len(tasks) + 1), tasks, rotation=60, fontsize=8)
+        axis.set_title(f"{kind}: mean norm of each adapter over the tasks", fontsize=9)
     return _save(figure, file)
 
 
-def _heat_maps(norms: Mapping[str, Any], file: Path) -> str:
+def _heat_maps(tasks: Sequence[str], of_kind: Mapping[str, Any], file: Path) -> str:
+    scales = {"raw": "raw", "own": "z-scored on own data", "public": "z-scored on public text"}
     panels = [
-        ("unique A, raw", norms["unique"]["raw"]), ("shared A, raw", norms["shared"]["raw"]),
-        ("shared A, z-scored on public text", norms["shared"]["public"]),
-        ("unique A, z-scored on own data", norms["unique"]["own"]),
-        ("shared A, z-scored on own data", norms["shared"]["own"]),
-    ]  # fmt: skip
-    figure, axes = plt.subplots(2, 3, figsize=(12, 8))
-    for axis, (title, values) in zip(axes.flat, panels, strict=False):
+        (f"{kind}, {label}", np.asarray(norms[scale]))
+        for kind, norms in of_kind.items()
+        for scale, label in scales.items()
+        if scale in norms
+    ]
+    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(12, 4.2 * -(-len(panels) // 3)), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, grid) in zip(axes.flat, panels, strict=False):
         # Each row by its own range: the question is which adapter is brightest for a task.
-        grid = np.asarray(values)
         low, high = grid.min(1, keepdims=True), grid.max(1, keepdims=True)
         axis.imshow((grid - low) / np.maximum(high - low, 1e-12), cmap="viridis")
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(norms["tasks"])), norms["tasks"], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(norms["tasks"])), norms["tasks"], fontsize=7)
-    axes.flat[-1].axis("off")
-    axes.flat[-1].text(0, 0.5, "rows: texts of a task\ncolumns: adapters\nbright: the row's largest", fontsize=9)
+        axis.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(tasks)), tasks, fontsize=7)
+        axis.set_xlabel("adapter", fontsize=8)
+        axis.set_ylabel("text of", fontsize=8)
     return _save(figure, file)
 
 

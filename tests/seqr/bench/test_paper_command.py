@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from seqr.cli import main
-from tests.seqr.bench.conftest import TASKS
 
 
 def run(data: Path, out: Path, model: Path, *more: str, status: int = 0) -> None:
     options = ["--data", str(data), "--out", str(out), "--model", str(model), "--encoder", str(model)]
-    sizes = ["--tasks", ",".join(TASKS), "--seeds", "1", "--train-rows", "16", "--test-rows", "6", "--workers", "1"]
+    sizes = ["--tasks", "sst2,cola", "--seeds", "1", "--train-rows", "16", "--test-rows", "6", "--workers", "1"]
     sizes += ["--distractors", "30"]
     with pytest.raises(SystemExit) as ended:
         main(["bench", "paper", *options, *sizes, *more])
@@ -40,7 +39,7 @@ def test_a_run_writes_every_table_and_figure_and_goes_on_where_it_was(
     assert [name[:8] for name in figures] == [f"figure-{number}" for number in (2, 3, 4, 5, 6)]
     results = json.loads((out / "results.json").read_text("utf-8"))
     maximising = results["extras"]["maximising"]
-    assert maximising["share"]["seqr"] == maximising["share"]["spectr"] == maximising["share"]["lag 3"] == 1.0
+    assert maximising["share"]["seqr"] == maximising["share"]["spectr"] == maximising["share"]["lag 2"] == 1.0
     assert {row["router"] for row in results["table3"]} >= {"seqr", "lag", "arrow", "mu", "lorauter", "oracle", "base"}
     capsys.readouterr()
     run(data, out, tiny)

@@ -1,4 +1,4 @@
-"""The benchmark's control flow, at tiny sizes in the interpreter: on a lent card it has one try."""
+"""The benchmark's control flow, at tiny sizes in the interpreter: time on a card is too dear for typing errors."""
 
 import json
 import os
