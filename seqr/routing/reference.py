@@ -20,6 +20,23 @@ def reference_score(r: torch.Tensor, mu: float, sigma: float, z: torch.Tensor) -
     return (math.sqrt(float((r.double() @ z.double()).square().sum())) - mu) / sigma
 
 
+def oracle_score(r: Sequence[Sequence[float]], mu: float, sigma: float, z: Sequence[float]) -> float:
+    """``reference_score`` with every operation spelled out, so that its bits are defined: plain fp64, left to right.
+
+    r: r rows of r numbers and z: r numbers, fp32 values; sigma positive. The exact choice is the argmax of this.
+    """
+    squares = []
+    for row in r:
+        y = row[0] * z[0]
+        for a, b in zip(row[1:], z[1:], strict=True):
+            y += a * b
+        squares.append(y * y)
+    total = squares[0]
+    for square in squares[1:]:
+        total += square
+    return (math.sqrt(total) - mu) / sigma
+
+
 def reference_score_error(r: torch.Tensor, mu: float, sigma: float, z: torch.Tensor) -> float:
     """How far ``seqr.routing.scores.scores`` in fp32 may be from ``reference_score``, for the same fp32 z.
 

@@ -42,3 +42,10 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Te
     """A number as a tensor of no dimensions. Wrapping a Python number costs more than a small kernel, at every call."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def places(count: int, device: torch.device) -> torch.Tensor:
+    """int64 [count]: 0, 1, 2, ..."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
