@@ -14,7 +14,8 @@ q = ||R z||^2 / sigma^2 = g . f and o = mu / sigma:
       |q' - q| <= d = c ||z||^2 + a        c = (F + 4) u lambda + F 2^-126,  a = (F + sum |g_k|) 2^-126
 
   Clamping q' at 0 does not move it away from q, which is not negative.
-- s'. The root, o and their difference are rounded once each, together at most w = 2.1 u (|s'| + |o|), because the root
+- s'. The root is off by one unit in the last place, 2 u (torch takes it from a library of vector functions, which does
+  not round it correctly), o and their difference by u each, together at most w = 3.1 u (|s'| + |o|), because the root
   is at most |s'| + |o| (up to second order). So with p = s' + o the true score lies between
 
       lo = sqrt(max((p - w)^2 - d, 0)) - o        and        hi = sqrt((p + w)^2 + d) - o      (p - w not below 0)
@@ -29,11 +30,11 @@ smallest o and omax its largest |o|; b = s'_best + L, b2 = max(s'_second + L, b 
 s'_second + w + o <= b2 + w - L + o, and hi grows with p, so hi <= b2 - L + w + d / (2 b2); and
 lo_best >= s'_best - w - d / b2. The best is therefore the choice when
 
-      (b - b2 - K) b2 > 5 D ||z||^2 + 8 A        K = 16 u omax
+      (b - b2 - K) b2 > 6 D ||z||^2 + 8 A        K = 24 u omax
 
-(1.5 d / b2 for the two errors of q, and 2 w <= 4.2 u (|s'_best| + 2 omax) <= 4.2 u b + 12.6 u omax. The part of it that
-grows with b, 8.4 u b2^2 after the product, is below 1.7 D ||z||^2, because (F + 4) u q <= D ||z||^2 for every adapter;
-the rest of the 5 covers the rounding of this comparison itself.)
+(1.5 d / b2 for the two errors of q, and 2 w <= 6.2 u (|s'_best| + 2 omax) <= 6.2 u b + 18.6 u omax. The part of it that
+grows with b, 12.4 u b2^2 after the product, is below 2.5 D ||z||^2, because (F + 4) u q <= D ||z||^2 for every adapter;
+the rest of the 6 covers the rounding of this comparison itself.)
 
 The bits of the answer depend on R, mu, sigma and z of permitted adapters only: D, A, L and omax are of all adapters,
 but they decide no more than whether a token is looked at twice.
@@ -42,6 +43,7 @@ but they decide no more than whether a token is looked at twice.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from seqr.routing.features import feature_count
@@ -112,8 +114,8 @@ def doubtful(z: torch.Tensor, best: torch.Tensor, second: torch.Tensor, truth: T
     """
     b = (best + truth.lowest).clamp_min_(0.0)
     b2 = torch.maximum(second + truth.lowest, b * 0.5)
-    need = z.square().sum(1).mul_(5.0 * truth.worst_slope).add_(8.0 * truth.worst_floor)
-    return ((b - b2).sub_(16.0 * UNIT * truth.widest).mul_(b2) > need).logical_not_()
+    need = z.square().sum(1).mul_(6.0 * truth.worst_slope).add_(8.0 * truth.worst_floor)
+    return ((b - b2).sub_(24.0 * UNIT * truth.widest).mul_(b2) > need).logical_not_()
 
 
 def candidates(z: torch.Tensor, score: torch.Tensor, allowed: torch.Tensor, truth: Truth) -> torch.Tensor:
@@ -124,7 +126,7 @@ def candidates(z: torch.Tensor, score: torch.Tensor, allowed: torch.Tensor, trut
     offset = truth.mu / truth.sigma
     wide = torch.where(allowed, score, 0.0).to(torch.float64)
     root = wide + offset
-    rounding = 2.1 * UNIT * (wide.abs() + offset.abs())
+    rounding = 3.1 * UNIT * (wide.abs() + offset.abs())
     d = torch.outer(z.to(torch.float64).square().sum(1), truth.slope) + truth.floor
     high = ((root + rounding).clamp_min_(0.0).square_() + d).sqrt_() - offset
     low = ((root - rounding).clamp_min_(0.0).square_() - d).clamp_min_(0.0).sqrt_() - offset
@@ -147,7 +149,12 @@ def true_scores(z: torch.Tensor, columns: torch.Tensor, truth: Truth) -> torch.T
     total = y[:, 0].clone()
     for i in range(1, rank):
         total += y[:, i]
-    return (total.sqrt_() - truth.mu.index_select(0, columns)) / truth.sigma.index_select(0, columns)
+    return (_root(total) - truth.mu.index_select(0, columns)) / truth.sigma.index_select(0, columns)
+
+
+def _root(x: torch.Tensor) -> torch.Tensor:
+    # On CPUs torch's root is not the nearest fp64 number; NumPy's is, as IEEE 754 and Python have it.
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 def settle(z: torch.Tensor, score: torch.Tensor, allowed: torch.Tensor, truth: Truth) -> torch.Tensor:

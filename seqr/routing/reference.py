@@ -45,9 +45,9 @@ def reference_score_error(r: torch.Tensor, mu: float, sigma: float, z: torch.Ten
 
         |q' - q| <= d = (F + 4) u S     (the 4 covers the second order and the fp64 steps before)
 
-    The square root turns that into at most d / sqrt(q), or sqrt(d) when q is near 0; it, the offset mu / sigma, and
-    their difference are each rounded once more. S may be far above q when R is ill-conditioned: then R z nearly cancels
-    and the bound is honest about it.
+    The square root turns that into at most d / sqrt(q), or sqrt(d) when q is near 0; it (by up to 2 u), the offset
+    mu / sigma, and their difference are each rounded once more. S may be far above q when R is ill-conditioned: then
+    R z nearly cancels and the bound is honest about it.
     """
     from seqr.routing.features import gram
 

@@ -121,7 +121,7 @@ def test_the_rounding_bound_is_never_violated(rank: int, condition: float, mu: f
             / Fraction(sigma) ** 2
         )
         offset = mu / sigma
-        rounding = 2.1 * exact.UNIT * (abs(value) + abs(offset))
+        rounding = 3.1 * exact.UNIT * (abs(value) + abs(offset))
         d = slope * sum(x * x for x in token) + floor
         low = max(max(value + offset - rounding, 0.0) ** 2 - d, 0.0)
         high = max(value + offset + rounding, 0.0) ** 2 + d
