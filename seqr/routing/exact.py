@@ -11,9 +11,9 @@ q = ||R z||^2 / sigma^2 = g . f and o = mu / sigma:
   below both its Frobenius norm and its largest row sum. Where g, f or their products underflow, each is off by at most
   2^-126 more:
 
-      |q' - q| <= d = c ||z||^2 + a        c = (F + 4) u lambda + F 2^-126,  a = (F + sum |g_k|) 2^-126
+      |q' - q| <= d = c ||z||^2 + a        c = (F + 4) u lambda + F 2^-126,  a = (F + sum |g_k|) 2^-126 + 2^-100
 
-  Clamping q' at 0 does not move it away from q, which is not negative.
+  q' is clamped at ``scores.LEAST`` = 2^-100; as q is not negative, that moves it away from q by no more than that.
 - s'. The root is off by one unit in the last place, 2 u (torch takes it from a library of vector functions, which does
   not round it correctly), o and their difference by u each, together at most w = 3.1 u (|s'| + |o|), because the root
   is at most |s'| + |o| (up to second order). So with p = s' + o the true score lies between
@@ -48,9 +48,10 @@ import torch
 
 from seqr.routing.features import feature_count
 from seqr.routing.products import COLUMN_BLOCK
+from seqr.routing.scores import LEAST
 
 UNIT = 2.0**-24
-_TINY = 2.0**-126
+TINY = 2.0**-126
 _PAIRS_AT_ONCE = 1 << 15
 _COLUMNS_AT_ONCE = 1 << 12
 
@@ -102,8 +103,8 @@ def bounds(r: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         wide = some.to(torch.float64) / its[:, None, None]
         size = (wide.transpose(1, 2) @ wide).abs()
         largest = torch.minimum(torch.linalg.matrix_norm(size), size.sum(2).amax(1))
-        slopes.append((count + 4) * UNIT * largest * (1.0 + 1e-6) + count * _TINY)
-        floors.append((count + size.sum((1, 2))) * _TINY)
+        slopes.append((count + 4) * UNIT * largest * (1.0 + 1e-6) + count * TINY)
+        floors.append((count + size.sum((1, 2))) * TINY + LEAST)
     return torch.cat(slopes), torch.cat(floors)
 
 
@@ -118,20 +119,48 @@ def doubtful(z: torch.Tensor, best: torch.Tensor, second: torch.Tensor, truth: T
     return ((b - b2).sub_(24.0 * UNIT * truth.widest).mul_(b2) > need).logical_not_()
 
 
-def candidates(z: torch.Tensor, score: torch.Tensor, allowed: torch.Tensor, truth: Truth) -> torch.Tensor:
-    """bool [T, N]: the allowed columns that may have the largest true score, the fp32 scores being what they are.
+def margin(z: torch.Tensor, best: torch.Tensor, truth: Truth) -> torch.Tensor:
+    """How far below ``best`` an fp32 score may be and still be the largest true one: z [T, r], best [T] -> [T] fp32.
 
-    z fp32 [T, r], score fp32 [T, N] finite wherever ``allowed`` bool [T, N].
+    hi - s' and s' - lo are at most w + sqrt(d), whatever q is: wide, and enough to leave few columns of many.
     """
-    offset = truth.mu / truth.sigma
-    wide = torch.where(allowed, score, 0.0).to(torch.float64)
-    root = wide + offset
-    rounding = 3.1 * UNIT * (wide.abs() + offset.abs())
-    d = torch.outer(z.to(torch.float64).square().sum(1), truth.slope) + truth.floor
+    most = z.square().sum(1).mul_(truth.worst_slope).add_(truth.worst_floor).sqrt_()
+    return most.add_(best.abs(), alpha=4.0 * UNIT).add_(8.0 * UNIT * truth.widest).mul_(2.0 + 2.0**-10)
+
+
+def settle(z: torch.Tensor, score: torch.Tensor, truth: Truth) -> torch.Tensor:
+    """The exact choice, token by token: int64 [T], the lowest column among true equals, -1 where nothing is allowed.
+
+    z fp32 [T, r]; score fp32 [T, N], -inf where a column is not allowed and finite elsewhere.
+    """
+    best = score.amax(1)
+    near = (score >= (best - margin(z, best, truth))[:, None]) & (score > -math.inf)
+    token, column = near.nonzero(as_tuple=True)
+    return settle_pairs(z, score[token, column], token, column, truth)
+
+
+def settle_pairs(
+    z: torch.Tensor, score: torch.Tensor, token: torch.Tensor, column: torch.Tensor, truth: Truth
+) -> torch.Tensor:
+    """``settle`` from K pairs of a token and a column that may win there, with their scores: int64 [T], or -1."""
+    low, high = interval(z, score, token, column, truth)
+    floor = low.new_full((z.shape[0],), -math.inf).scatter_reduce_(0, token, low, "amax")
+    kept = high >= floor.index_select(0, token)
+    return best_pairs(z, token[kept], column[kept], truth)
+
+
+def interval(
+    z: torch.Tensor, score: torch.Tensor, token: torch.Tensor, column: torch.Tensor, truth: Truth
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lo and hi of K pairs, fp64 [K]: score fp32 [K], finite; token and column int64 [K]; z fp32 [T, r]."""
+    offset = truth.mu.index_select(0, column) / truth.sigma.index_select(0, column)
+    wide = score.to(torch.float64)
+    root, rounding = wide + offset, 3.1 * UNIT * (wide.abs() + offset.abs())
+    size = z.to(torch.float64).square().sum(1).index_select(0, token)
+    d = truth.slope.index_select(0, column) * size + truth.floor.index_select(0, column)
     high = ((root + rounding).clamp_min_(0.0).square_() + d).sqrt_() - offset
     low = ((root - rounding).clamp_min_(0.0).square_() - d).clamp_min_(0.0).sqrt_() - offset
-    floor = torch.where(allowed, low, -math.inf).amax(1, keepdim=True)
-    return allowed & (high >= floor)
+    return low, high
 
 
 def true_scores(z: torch.Tensor, columns: torch.Tensor, truth: Truth) -> torch.Tensor:
@@ -155,15 +184,6 @@ def true_scores(z: torch.Tensor, columns: torch.Tensor, truth: Truth) -> torch.T
 def _root(x: torch.Tensor) -> torch.Tensor:
     # On CPUs torch's root is not the nearest fp64 number; NumPy's is, as IEEE 754 and Python have it.
     return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
-
-
-def settle(z: torch.Tensor, score: torch.Tensor, allowed: torch.Tensor, truth: Truth) -> torch.Tensor:
-    """The exact choice, token by token: int64 [T], the lowest column among true equals, -1 where nothing is allowed.
-
-    z fp32 [T, r]; score fp32 [T, N], finite wherever ``allowed`` bool [T, N].
-    """
-    token, column = candidates(z, score, allowed, truth).nonzero(as_tuple=True)
-    return best_pairs(z, token, column, truth)
 
 
 def best_pairs(z: torch.Tensor, token: torch.Tensor, column: torch.Tensor, truth: Truth) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from seqr.routing.exact import Truth, doubtful, settle
 from seqr.routing.features import features
 from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
-from seqr.routing.scores import choose, places, scores, usable
+from seqr.routing.scores import LEAST, choose, places, scores, usable
 
 
 def route(score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,9 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
     (``seqr.routing.exact``); where fp32 can tell, as for nearly all tokens, that costs a comparison per token.
     """
     tokens = z.shape[0]
-    score = block_product(features(z), columns.gram).relu_().sqrt_().sub_(columns.shift).clamp_max_(gate.ceiling)
+    score = (
+        block_product(features(z), columns.gram).clamp_min_(LEAST).sqrt_().sub_(columns.shift).clamp_max_(gate.ceiling)
+    )
     rows = score.shape[1]
     # The largest of each block first, which vectorises; then the place in one block of 64 per token.
     peaks = score.amax(2)
@@ -89,7 +91,9 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
         peaks.scatter_(0, block[None], row.amax(1)[None])
         unclear = _in_doubt(doubtful(z, best, peaks.amax(0)[:tokens], truth), gate)
     if unclear is not None:
-        _look_again(unclear, column, z, columns, gate, truth)
+        token = unclear.nonzero().squeeze(1)
+        some = score.index_select(1, token).transpose(0, 1).flatten(1)
+        column[token] = _look_again(token, some, z.index_select(0, token), columns, gate, truth)
     return column
 
 
@@ -107,11 +111,11 @@ def _in_doubt(flags: torch.Tensor, gate: Gate) -> torch.Tensor | None:
 
 
 def _look_again(
-    which: torch.Tensor, column: torch.Tensor, z: torch.Tensor, columns: Columns, gate: Gate, truth: Truth | None
-) -> None:
-    """Decide the tokens ``which`` bool [T] the plain way, or the exact one, and write them into ``column``."""
-    token = which.nonzero().squeeze(1)
-    some, allowed = z.index_select(0, token), gate.permitted.index_select(0, token)
-    score = scores(some, columns.gram, columns.offset)
-    allowed = allowed & usable(score)
-    column[token] = choose(score, allowed) if truth is None else settle(some, score, allowed, truth)
+    token: torch.Tensor, score: torch.Tensor, z: torch.Tensor, columns: Columns, gate: Gate, truth: Truth | None
+) -> torch.Tensor:
+    """The plain choice of K tokens, or the exact one: token int64 [K], score fp32 [K, N], z [K, r] -> int64 [K]."""
+    if not bool((score < math.inf).all()):
+        score = scores(z, columns.gram, columns.offset)
+        allowed = gate.permitted.index_select(0, token) & usable(score)
+        score = score.masked_fill_(allowed.logical_not_(), -math.inf)
+    return choose(score, score > -math.inf) if truth is None else settle(z, score, truth)

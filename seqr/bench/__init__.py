@@ -1,0 +1,1 @@
+"""Benchmarks: what the README and docs/benchmarks claim, measured again by one command each."""
