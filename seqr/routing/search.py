@@ -137,7 +137,8 @@ def _whitening(sample: torch.Tensor) -> torch.Tensor:
     wide = sample.to(torch.float64)
     moment = wide.T @ wide / wide.shape[0]
     moment.diagonal().add_(1e-6 * moment.trace() / moment.shape[0] + TINY)
-    return torch.linalg.cholesky(moment)
+    white: torch.Tensor = torch.linalg.cholesky(moment)
+    return white
 
 
 def _embedding(truth: Truth, members: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -182,4 +183,5 @@ def _upper(form: torch.Tensor, white: torch.Tensor) -> torch.Tensor:
     inner = inverse[:, None] @ spread @ inverse[:, None]
     largest = torch.linalg.eigvalsh(inner)[..., -1].amax(1).clamp_min_(0.0) * (1.0 + 1e-9)
     back: torch.Tensor = torch.linalg.inv(white)
-    return centre + back.T @ (largest[:, None, None] * root) @ back
+    raised: torch.Tensor = centre + back.T @ (largest[:, None, None] * root) @ back
+    return raised

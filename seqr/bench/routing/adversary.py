@@ -17,7 +17,8 @@ def triangular(rank: int, condition: float, generator: torch.Generator) -> torch
         torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))[0] for _ in range(2)
     )
     values = torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64)
-    return torch.linalg.qr((left * values) @ right)[1].to(torch.float32).triu()
+    r: torch.Tensor = torch.linalg.qr((left * values) @ right)[1]
+    return r.to(torch.float32).triu()
 
 
 def assorted(rank: int, count: int, condition: float, generator: torch.Generator) -> Shelf:
@@ -45,7 +46,8 @@ def crossings(shelf: Shelf, tokens: int, generator: torch.Generator) -> torch.Te
 
     def first_leads(z: torch.Tensor) -> torch.Tensor:
         one, other = (((r @ z[:, :, None]).squeeze(2).norm(dim=1) - mu) / sigma for r, mu, sigma in sides)
-        return (one > other)[:, None]
+        leads: torch.Tensor = one > other
+        return leads[:, None]
 
     low, high = (torch.randn(tokens, rank, generator=generator, dtype=torch.float64) for _ in range(2))
     swap = first_leads(low)
@@ -60,7 +62,7 @@ def crossings(shelf: Shelf, tokens: int, generator: torch.Generator) -> torch.Te
 def cancelled(shelf: Shelf, tokens: int, generator: torch.Generator) -> torch.Tensor:
     """z fp32 [T, r] that the first adapter nearly cancels, of sizes from 1e-6 to 1e6."""
     rank = shelf.r.shape[1]
-    last = torch.linalg.svd(shelf.r[0].to(torch.float64))[2][-1].to(torch.float32)
+    last: torch.Tensor = torch.linalg.svd(shelf.r[0].to(torch.float64))[2][-1].to(torch.float32)
     size = 10.0 ** (12.0 * torch.rand(tokens, 1, generator=generator) - 6.0)
     return last * size * (1.0 + 1e-7 * torch.randn(tokens, rank, generator=generator))
 

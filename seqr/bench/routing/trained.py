@@ -79,9 +79,9 @@ def expand(seeds: Seeds, count: int, seed: int = 0, at_once: int = 4096) -> Iter
 class _Lora:
     """y + 2 B A x on one Linear while ``b`` is set; remembers the last x."""
 
-    def __init__(self, linear: nn.Module, a: torch.Tensor):
+    def __init__(self, linear: nn.Linear, a: torch.Tensor):
         self.a = a
-        self.out_features = linear.out_features
+        self.out_features = linear.weight.shape[0]
         self.b: torch.Tensor | None = None
         self.z = torch.empty(0)
         self._handle = linear.register_forward_hook(self._hook)
