@@ -71,12 +71,12 @@ def run_cell(cell: Cell, shelf: Shelf, cell_s: float, methods: Sequence[str] = M
     x = torch.randn(cell.tokens, cell.width, generator=generator)
     permitted = shelf.everyone(cell.tokens)
     prepared = {}
-    for method in methods:
-        reason = _reason_to_skip(method, cell, cell_s)
+    for name in methods:
+        reason = _reason_to_skip(name, cell, cell_s)
         if reason:
-            result.skipped[method] = reason
+            result.skipped[name] = reason
         else:
-            prepared[method] = prepare(method, cell, shelf, a, x, permitted)
+            prepared[name] = prepare(name, cell, shelf, a, x, permitted)
     with torch.inference_mode():
         choices = {name: method.run() for name, method in prepared.items()}
     if "ours, exact" in choices:
