@@ -9,7 +9,9 @@ import torch
 from seqr.adapter import Adapter, ModuleAdapter
 from seqr.errors import SeqrError
 from seqr.plan import ModuleSpec, Plan
+from seqr.routing.exact import Truth
 from seqr.routing.features import feature_count, gram
+from seqr.routing.per_token import Columns
 from seqr.routing.products import COLUMN_BLOCK, column_blocks
 
 Statistics = Mapping[str, tuple[float, float]]
@@ -41,11 +43,17 @@ class CalibrationMissing(SeqrError):
 
 @dataclass(frozen=True)
 class ModuleColumn:
-    """One adapter in one module: gram fp32 [F], vech(R^T R) / sigma^2; offset mu / sigma; b_t [r, m] fp32, (Q R)^T."""
+    """One adapter in one module: gram fp32 [F], vech(R^T R) / sigma^2; offset mu / sigma; b_t [r, m] fp32, (Q R)^T.
+
+    r fp32 [r, r], mu and sigma are what gram and offset are rounded from.
+    """
 
     gram: torch.Tensor
     offset: float
     b_t: torch.Tensor
+    r: torch.Tensor
+    mu: float
+    sigma: float
 
 
 @dataclass(frozen=True)
@@ -58,16 +66,16 @@ class Column:
 
 
 @dataclass(frozen=True)
-class ModuleStack:
+class ModuleStack(Columns):
     """One module's adapters side by side; columns from ``len(b_t)`` on are padding and never permitted.
 
     gram [N / 64, F, 64] fp32 and offset [N] fp32, as ``seqr.routing.scores.scores`` takes them; b_t: each adapter's
-    (s B)^T = (Q R)^T [r, m] fp32. The offset of an adapter that cannot be used in this module is NaN.
+    (s B)^T = (Q R)^T [r, m] fp32; truth: R, mu and sigma for the choices that fp32 cannot make. The offset of an
+    adapter that cannot be used in this module is NaN.
     """
 
-    gram: torch.Tensor
-    offset: torch.Tensor
     b_t: tuple[torch.Tensor, ...]
+    truth: Truth
 
 
 class Library:
@@ -174,13 +182,17 @@ class Library:
 
     def _stack(self, index: int) -> ModuleStack:
         parts = [column.modules[index] for column in self._columns]
-        grams = torch.zeros(self.width, feature_count(self.plan.rank))
+        rank = self.plan.rank
+        grams, r = torch.zeros(self.width, feature_count(rank)), torch.zeros(self.width, rank, rank)
         offset = torch.zeros(self.width)
+        mu, sigma = (torch.zeros(self.width, dtype=torch.float64) for _ in range(2))
         for column, part in enumerate(parts):
-            grams[column] = part.gram
-            offset[column] = part.offset
+            grams[column], r[column] = part.gram, part.r
+            offset[column], mu[column], sigma[column] = part.offset, part.mu, part.sigma
+        usable = (sigma > 0.0) & ~offset.isnan()
+        truth = Truth.of(*(t.to(self.device) for t in (r, mu, sigma, usable)))
         return ModuleStack(
-            column_blocks(grams).to(self.device), offset.to(self.device), tuple(part.b_t for part in parts)
+            column_blocks(grams).to(self.device), offset.to(self.device), tuple(part.b_t for part in parts), truth
         )
 
 
@@ -192,8 +204,10 @@ def _module_column(part: ModuleAdapter, mu: float, sigma: float, device: torch.d
         if math.isfinite(mu) and math.isfinite(sigma) and sigma > 0.0:
             grams, offset = (gram(r) / sigma / sigma).to(torch.float32), mu / sigma
         if not (math.isfinite(offset) and bool(torch.isfinite(b_t).all()) and bool(torch.isfinite(grams).all())):
-            return ModuleColumn(torch.zeros_like(grams), math.nan, torch.zeros_like(b_t).to(device))
-        return ModuleColumn(grams, offset, b_t.to(device))
+            return ModuleColumn(
+                torch.zeros_like(grams), math.nan, torch.zeros_like(b_t).to(device), torch.zeros_like(r), 0.0, 1.0
+            )
+        return ModuleColumn(grams, offset, b_t.to(device), r.to(torch.float32), mu, sigma)
 
 
 class PermissionRows:

@@ -88,7 +88,7 @@ def _capture(
     collected: dict[str, list[torch.Tensor]],
 ) -> Iterator[None]:
     def hook_for(name: str) -> Any:
-        a_t = a[name].to(keep.device, torch.float32).T.contiguous()
+        a_t = a[name].to(keep.device, torch.float32).contiguous().T
 
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])[keep]

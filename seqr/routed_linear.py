@@ -36,7 +36,7 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.index = index
-        self.register_buffer("a_t", a.detach().to(base.weight.device, torch.float32).T.contiguous(), persistent=False)
+        self.register_buffer("a_t", a.detach().to(base.weight.device, torch.float32).contiguous().T, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., m]; all leading dimensions together are the step's T tokens."""

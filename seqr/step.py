@@ -16,6 +16,7 @@ from seqr.library import Library, PermissionRows
 from seqr.routing import per_token
 from seqr.routing.evidence import EvidencePass, EvidenceState, Spans, Standing
 from seqr.routing.groups import Groups
+from seqr.routing.per_token import Gate
 from seqr.routing.scores import choose, scores
 
 MODES = ("prompt_evidence", "evidence", "per_token")
@@ -54,8 +55,10 @@ class Segment:
 class StepContext:
     """One forward pass over ``tokens`` tokens: ``segments`` in order, the rest (at the end) padding with row 0.
 
-    ``evidence`` is needed when a segment's mode is evidence. Raises ``StepMismatch`` or ``EvidenceStale``, before any
-    state is touched. A step serves one forward pass; ``finish`` it afterwards, or free its slots when the pass failed.
+    ``evidence`` is needed when a segment's mode is evidence. exact: decide per-token choices in fp64 where fp32 cannot;
+    by default on CPUs, where looking at a flag does not stall a device. Raises ``StepMismatch`` or ``EvidenceStale``,
+    before any state is touched. A step serves one forward pass; ``finish`` it afterwards, or free its slots when the
+    pass failed.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class StepContext:
         segments: Sequence[Segment],
         evidence: EvidenceState | None = None,
         tokens: int | None = None,
+        exact: bool | None = None,
     ):
         used = sum(segment.length for segment in segments)
         self.library = rows.library
@@ -86,6 +90,7 @@ class StepContext:
             if len(self._modes) > 1:
                 self._gathers = _token_flags([s.mode == "evidence" for s in segments], lengths, device)
                 self._settled = _token_flags([s.mode == "prompt_evidence" for s in segments], lengths, device)
+            self._exact = device.type == "cpu" if exact is None else exact
             self._seen = bytearray(len(self.library.stacks))
             self._evidence = evidence
             self._slots = [segment.slot for segment in segments if segment.mode == "evidence"]
@@ -101,6 +106,7 @@ class StepContext:
         # Evidence is gathered for a sequence that nobody may shape, too: its permitted set may grow while it runs, and
         # what it has gathered by then must not depend on who else was in the batch.
         self.idle = not self.library.silos or (self._pass is None and not bool(self.permitted.any()))
+        self._gate = Gate(self.permitted)
 
     def choose(self, module: int, z: torch.Tensor) -> torch.Tensor:
         """The column for each token at module ``module`` (its index in the plan): z [T, r] fp32 -> int64 [T], or -1."""
@@ -117,18 +123,20 @@ class StepContext:
         return column
 
     def _by_score(self, module: int, z: torch.Tensor) -> torch.Tensor:
-        stack = self.library.stacks[module]
-        score = scores(z, stack.gram, stack.offset)
         if self._pass is None:
-            column = per_token.route(score, self.permitted)
-        elif "per_token" in self._modes:
-            gathered = self._pass.route(module, score, self.permitted)
-            column = torch.where(self._gathers, gathered, per_token.route(score, self.permitted))
+            column = self._per_token(module, z)
         else:
-            column = self._pass.route(module, score, self.permitted)
+            stack = self.library.stacks[module]
+            column = self._pass.route(module, scores(z, stack.gram, stack.offset), self.permitted)
+            if "per_token" in self._modes:
+                column = torch.where(self._gathers, column, self._per_token(module, z))
         if self._settled_column is None:
             return column
         return torch.where(self._settled, self._settled_column, column)
+
+    def _per_token(self, module: int, z: torch.Tensor) -> torch.Tensor:
+        stack = self.library.stacks[module]
+        return per_token.route_activations(z, stack, self._gate, stack.truth if self._exact else None)
 
     def grouped(self, column: torch.Tensor) -> Groups:
         """The choices of ``choose`` [T] as groups; the last module's are kept, as the next often repeats them."""

@@ -1,8 +1,16 @@
 """Per-token routing: the paper's, provably the largest calibrated activation norm (SEQR paper, theorem 3.3)."""
 
-import torch
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
-from seqr.routing.scores import choose, usable
+import torch
+import torch.nn.functional as F
+
+from seqr.routing.exact import Truth, doubtful, settle
+from seqr.routing.features import features
+from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
+from seqr.routing.scores import LEAST, choose, places, scores, usable
 
 
 def route(score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
@@ -12,3 +20,102 @@ def route(score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
     not finite never wins; ties go to the lowest column.
     """
     return choose(score, permitted & usable(score))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One module's N adapters as the scores are computed from them.
+
+    gram [N / 64, F, 64] fp32 and offset [N] fp32 as ``seqr.routing.scores.scores`` takes them.
+    """
+
+    gram: torch.Tensor
+    offset: torch.Tensor
+
+    @cached_property
+    def shift(self) -> torch.Tensor:
+        """The offset as [N / 64, 1, 64]; infinite where an adapter cannot be used, whose score is then -inf, no NaN."""
+        with torch.inference_mode(False):
+            return self.offset.nan_to_num(math.inf).view(-1, 1, COLUMN_BLOCK)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Who may use what in one batch, laid out once for all its modules: permitted bool [T, N]."""
+
+    permitted: torch.Tensor
+
+    @cached_property
+    def ceiling(self) -> torch.Tensor:
+        """+inf where permitted and -inf elsewhere, fp32 [N / 64, T', 64], T' = T rounded up to a multiple of 16."""
+        with torch.inference_mode(False):
+            tokens, width = self.permitted.shape
+            padded = F.pad(self.permitted, (0, 0, 0, -tokens % ROW_TILE))
+            ceiling = torch.full(padded.shape, -math.inf, device=padded.device).masked_fill_(padded, math.inf)
+            return ceiling.view(-1, width // COLUMN_BLOCK, COLUMN_BLOCK).transpose(0, 1).contiguous()
+
+    @cached_property
+    def nobody(self) -> torch.Tensor | None:
+        """bool [T]: the tokens to which nothing is permitted; None when there are none."""
+        with torch.inference_mode(False):
+            empty = self.permitted.any(1).logical_not_()
+            return empty if bool(empty.any()) else None
+
+
+def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Truth | None = None) -> torch.Tensor:
+    """``route`` from z fp32 [T, r], in fewer passes over T x N numbers -> int64 [T]. Call inside ``ExactFp32``.
+
+    Without ``truth`` the same columns as ``route(scores(z, ...), gate.permitted)``. With it, the exact choice: the
+    argmax of (||R_i z|| - mu_i) / sigma_i in fp64 over the permitted adapters whose fp32 score is a number
+    (``seqr.routing.exact``); where fp32 can tell, as for nearly all tokens, that costs a comparison per token.
+    """
+    tokens = z.shape[0]
+    score = (
+        block_product(features(z), columns.gram).clamp_min_(LEAST).sqrt_().sub_(columns.shift).clamp_max_(gate.ceiling)
+    )
+    rows = score.shape[1]
+    # The largest of each block first, which vectorises; then the place in one block of 64 per token.
+    peaks = score.amax(2)
+    best, block = peaks.max(0)
+    row = score.view(-1, COLUMN_BLOCK).index_select(0, torch.add(places(rows, score.device), block, alpha=rows))
+    inner = row.max(1).indices
+    column = torch.add(inner, block, alpha=COLUMN_BLOCK)
+    if rows != tokens:
+        column, best = column[:tokens], best[:tokens]
+    if gate.nobody is not None:
+        column.masked_fill_(gate.nobody, -1)
+    if truth is None:
+        unclear = _without_number(best, gate)
+    else:
+        row.scatter_(1, inner[:, None], -math.inf)
+        peaks.scatter_(0, block[None], row.amax(1)[None])
+        unclear = _in_doubt(doubtful(z, best, peaks.amax(0)[:tokens], truth), gate)
+    if unclear is not None:
+        token = unclear.nonzero().squeeze(1)
+        some = score.index_select(1, token).transpose(0, 1).flatten(1)
+        column[token] = _look_again(token, some, z.index_select(0, token), columns, gate, truth)
+    return column
+
+
+def _without_number(best: torch.Tensor, gate: Gate) -> torch.Tensor | None:
+    """bool [T] or None: where a NaN or an infinity has come up; whose it was, only the slow way tells."""
+    if gate.nobody is not None:
+        best = best.masked_fill(gate.nobody, 0.0)
+    return None if math.isfinite(float(best.sum())) else best.isfinite().logical_not_()
+
+
+def _in_doubt(flags: torch.Tensor, gate: Gate) -> torch.Tensor | None:
+    if gate.nobody is not None:
+        flags = flags.masked_fill(gate.nobody, False)
+    return flags if bool(flags.any()) else None
+
+
+def _look_again(
+    token: torch.Tensor, score: torch.Tensor, z: torch.Tensor, columns: Columns, gate: Gate, truth: Truth | None
+) -> torch.Tensor:
+    """The plain choice of K tokens, or the exact one: token int64 [K], score fp32 [K, N], z [K, r] -> int64 [K]."""
+    if not bool((score < math.inf).all()):
+        score = scores(z, columns.gram, columns.offset)
+        allowed = gate.permitted.index_select(0, token) & usable(score)
+        score = score.masked_fill_(allowed.logical_not_(), -math.inf)
+    return choose(score, score > -math.inf) if truth is None else settle(z, score, truth)

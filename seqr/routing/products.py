@@ -1,7 +1,8 @@
 """The matrix products of routing: in true fp32, and with bits that no neighbour can change.
 
 A BLAS chooses its kernel, and with it the order in which it adds, by the shape of the product. That order decides the
-last bit of a score, and the last bit can decide a tie. So the shapes here are fixed:
+last bit of a score, and the last bit can decide a tie. So the shapes here are fixed, and what varies is the number of
+equal products in one batched call:
 
 - ``project`` and ``row_product`` multiply 16 rows at a time, always 16: neither a token's z nor what its adapter adds
   depends on who else is in the batch.
@@ -26,9 +27,10 @@ _MAX_ROWS = 512
 
 
 def project(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
-    """z = A x in fp32: x [T, n] of any dtype, a_t [n, r] fp32 (A transposed, contiguous) -> [T', r].
+    """z = A x in fp32: x [T, n] of any dtype, a_t [n, r] fp32 (A transposed) -> [T', r].
 
-    T' is T rounded up to a multiple of 16; the rows from T on are zero.
+    T' is T rounded up to a multiple of 16; the rows from T on are zero. A transposed view of A [r, n] is the faster
+    ``a_t``: the product then runs along both operands' contiguous axis.
     """
     tokens, rows = x.shape[0], -(-x.shape[0] // ROW_TILE) * ROW_TILE
     if x.device.type != "cpu":
@@ -44,30 +46,33 @@ def project(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
 
 
 def row_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T', n] by weight [n, m], both fp32, contiguous and T' a multiple of 16 -> [T', m].
+    """x [T', n] by weight [n, m], both fp32, x contiguous, T' a multiple of 16 -> [T', m].
 
     On a CPU a row's bits depend on nothing but that row and the weight.
     """
-    if x.shape[0] == ROW_TILE or x.device.type != "cpu":
+    if x.device.type != "cpu":
         return torch.mm(x, weight)
-    product = weight.new_empty(x.shape[0], weight.shape[1])
-    for start in range(0, x.shape[0], ROW_TILE):
-        torch.mm(x[start : start + ROW_TILE], weight, out=product[start : start + ROW_TILE])
-    return product
+    tiles = x.view(x.shape[0] // ROW_TILE, ROW_TILE, x.shape[1])
+    return torch.bmm(tiles, weight.expand(tiles.shape[0], *weight.shape)).view(x.shape[0], weight.shape[1])
 
 
 def score_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """features [T, F] fp32 by the columns of blocks [N / 64, F, 64] fp32 -> [T, N] fp32."""
-    tokens = features.shape[0]
-    missing = -tokens % ROW_TILE
+    product = block_product(features, blocks)
+    return product.transpose(0, 1).reshape(product.shape[1], -1)[: features.shape[0]]
+
+
+def block_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """``score_product`` as it falls out of the batched call: [N / 64, T', 64], T' = T rounded up to a multiple of 16.
+
+    The rows from T on are products of zeros.
+    """
+    missing = -features.shape[0] % ROW_TILE
     if missing:
         features = F.pad(features, (0, 0, 0, missing))
-    if features.shape[0] <= _MAX_ROWS and blocks.shape[0] == 1:
-        product = torch.mm(features, blocks[0])
-    else:
-        chunks = torch.split(features, _MAX_ROWS)
-        product = torch.cat([torch.cat([torch.mm(chunk, block) for chunk in chunks]) for block in blocks], dim=1)
-    return product[:tokens]
+    if features.shape[0] <= _MAX_ROWS:
+        return torch.bmm(features.expand(blocks.shape[0], -1, -1), blocks)
+    return torch.cat([block_product(chunk, blocks) for chunk in torch.split(features, _MAX_ROWS)], dim=1)
 
 
 def column_blocks(columns: torch.Tensor) -> torch.Tensor:

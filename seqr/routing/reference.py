@@ -20,25 +20,43 @@ def reference_score(r: torch.Tensor, mu: float, sigma: float, z: torch.Tensor) -
     return (math.sqrt(float((r.double() @ z.double()).square().sum())) - mu) / sigma
 
 
+def oracle_score(r: Sequence[Sequence[float]], mu: float, sigma: float, z: Sequence[float]) -> float:
+    """``reference_score`` with every operation spelled out, so that its bits are defined: plain fp64, left to right.
+
+    r: r rows of r numbers and z: r numbers, fp32 values; sigma positive. The exact choice is the argmax of this.
+    """
+    squares = []
+    for row in r:
+        y = row[0] * z[0]
+        for a, b in zip(row[1:], z[1:], strict=True):
+            y += a * b
+        squares.append(y * y)
+    total = squares[0]
+    for square in squares[1:]:
+        total += square
+    return (math.sqrt(total) - mu) / sigma
+
+
 def reference_score_error(r: torch.Tensor, mu: float, sigma: float, z: torch.Tensor) -> float:
     """How far ``seqr.routing.scores.scores`` in fp32 may be from ``reference_score``, for the same fp32 z.
 
     Let q = ||R z||^2 / sigma^2 = sum over k of g_k f_k, with F = r (r + 1) / 2 terms, and u = 2^-24. Rounding g_k and
     f_k to fp32 costs u each and adding F products in any order at most F u, all relative to S = sum |g_k f_k|:
 
-        |q' - q| <= d = (F + 4) u S     (the 4 covers the second order and the fp64 steps before)
+        |q' - q| <= d = (F + 4) u S + 2^-100     (the 4 covers the second order and the fp64 steps before)
 
-    The square root turns that into at most d / sqrt(q), or sqrt(d) when q is near 0; it, the offset mu / sigma, and
-    their difference are each rounded once more. S may be far above q when R is ill-conditioned: then R z nearly cancels
-    and the bound is honest about it.
+    The square root turns that into at most d / sqrt(q), or sqrt(d) when q is near 0; it (by up to 2 u), the offset
+    mu / sigma, and their difference are each rounded once more. S may be far above q when R is ill-conditioned: then
+    R z nearly cancels and the bound is honest about it.
     """
     from seqr.routing.features import gram
+    from seqr.routing.scores import LEAST
 
     z64 = z.double()
     pairs = torch.triu_indices(z.shape[0], z.shape[0])
     terms = gram(r) / (sigma * sigma) * z64[pairs[0]] * z64[pairs[1]]
     q = max(float(terms.sum()), 0.0)
-    d = (terms.shape[0] + 4) * UNIT * float(terms.abs().sum())
+    d = (terms.shape[0] + 4) * UNIT * float(terms.abs().sum()) + LEAST
     root = math.sqrt(q)
     root_error = math.sqrt(q + d) - math.sqrt(max(q - d, 0.0))
     return root_error + UNIT * (2.0 * (root + root_error) + 2.0 * abs(mu / sigma) + abs(root - mu / sigma))

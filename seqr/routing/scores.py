@@ -8,6 +8,9 @@ import torch
 from seqr.routing.features import features
 from seqr.routing.products import score_product
 
+# The least q whose root is taken. Not 0: torch is six times as slow at the root of a zero, which every padding row has.
+LEAST = 2.0**-100
+
 
 def scores(z: torch.Tensor, gram: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """score_i(z) = (||R_i z|| - mu_i) / sigma_i in fp32 (SEQR paper, section 4.3).
@@ -16,9 +19,9 @@ def scores(z: torch.Tensor, gram: torch.Tensor, offset: torch.Tensor) -> torch.T
     for an adapter that cannot be used -> [T, N]. Call inside ``ExactFp32``.
 
     Error: with u = 2^-24 and q = ||R z||^2 / sigma^2, the computed q differs from the true one by less than
-    (F + 4) u sum |gram_k| |features_k|, which for an ill-conditioned R can exceed q itself; q is clamped at 0.
+    (F + 4) u sum |gram_k| |features_k|, which for an ill-conditioned R can exceed q itself; q is clamped at ``LEAST``.
     """
-    return score_product(features(z), gram).clamp_min_(0.0).sqrt_().sub_(offset)
+    return score_product(features(z), gram).clamp_min_(LEAST).sqrt_().sub_(offset)
 
 
 def usable(score: torch.Tensor) -> torch.Tensor:
@@ -42,3 +45,10 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Te
     """A number as a tensor of no dimensions. Wrapping a Python number costs more than a small kernel, at every call."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def places(count: int, device: torch.device) -> torch.Tensor:
+    """int64 [count]: 0, 1, 2, ..."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
