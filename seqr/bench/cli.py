@@ -3,11 +3,8 @@
 import typer
 
 from seqr.bench.paper.command import paper
+from seqr.bench.routing.command import routing
 
 app = typer.Typer(no_args_is_help=True, help="Reproduce the papers' experiments and measure routing.")
 app.command()(paper)
-
-
-@app.callback()
-def bench() -> None:
-    """Each benchmark writes a report with the machine it ran on."""
+app.command()(routing)

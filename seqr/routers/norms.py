@@ -26,12 +26,29 @@ class SquaredNorms:
             # One product per adapter: each has a z of its own.
             return torch.einsum("nij,tnj->nti", stack, z).square().sum(2).T
 
+    def blocks(self, module: int) -> torch.Tensor:
+        """For a shared A: the columns of ``seqr.routing.scores.scores``, fp32 [ceil(N / 64), F, 64]."""
+        return self._stacks[module]
+
     def _stack(self, pool: AdapterPool, module: int, sigma: torch.Tensor) -> torch.Tensor:
-        factors = [torch.linalg.qr(b_t.T.to(torch.float64)).R for b_t in pool.b_t[module]]
+        factors = r_factors(pool, module)
         if not self._shared:
             return torch.stack([r / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
         grams = torch.stack([gram(r) / s / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
         return column_blocks(grams)
+
+
+def r_factors(pool: AdapterPool, module: int) -> torch.Tensor:
+    """R_i of B_i = Q_i R_i in one module: fp64 [N, r, r], rounded to fp32 as an adapter holds it.
+
+    All NaN for a B that is not finite.
+    """
+    factors = []
+    for b_t in pool.b_t[module]:
+        finite = bool(torch.isfinite(b_t).all())
+        r = torch.linalg.qr(b_t.T.to(torch.float64)).R if finite else b_t.new_full((b_t.shape[0],) * 2, torch.nan)
+        factors.append(r.to(torch.float32).to(torch.float64))
+    return torch.stack(factors)
 
 
 class Spectrum:

@@ -16,17 +16,15 @@ ROWS = 12  # per task: every one of its tokens and modules is checked in fp64
 def maximiser_shares(measuring: Measuring, seed: int) -> dict[str, Any]:
     """The share of (token, module) pairs at which each router's choice is the fp64 one, on the base model's states.
 
-    The truth is the argmax over i of (||R_i z|| - mu_i) / sigma_i in fp64, with z as computed, R from B in fp64 and the
-    paper's own-data mu and sigma; LAG is shown for every k.
+    The truth is the argmax over i of (||R_i z|| - mu_i) / sigma_i in fp64, with z as computed, R in fp32 as an adapter
+    holds it, and the paper's own-data mu and sigma; LAG is shown for every k.
     """
     bench = measuring.bench
     pool, statistics = bench.pool(seed), measuring.own_statistics(seed)
     routers: dict[str, Router] = {name: measuring.router(name, seed) for name in ("seqr", "spectr", "arrow")}
     for k in range(1, len(pool) + 1):
         routers[f"lag {k}"] = LagRouter(pool, k, statistics, measuring.spectrum(seed))
-    factors = [
-        torch.stack([torch.linalg.qr(b_t.T.double()).R for b_t in pool.b_t[m]]) for m in range(len(pool.modules))
-    ]
+    factors = [r_factors(pool, module) for module in range(len(pool.modules))]
     agreed, total = dict.fromkeys(routers, 0), 0
     prompts = [e.prompt for task in bench.settings.tasks for e in bench.test_examples(task)[:ROWS]]
     mixed = MixtureModel(bench.model, pool)
