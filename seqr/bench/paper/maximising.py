@@ -8,6 +8,7 @@ from seqr.bench.paper.measuring import Measuring
 from seqr.routers.interface import Activation, Batch, Router
 from seqr.routers.lag import LagRouter
 from seqr.routers.mixture_model import MixtureModel, hidden_states
+from seqr.routers.norms import r_factors
 from seqr.routing.scores import choose
 
 ROWS = 12  # per task: every one of its tokens and modules is checked in fp64
