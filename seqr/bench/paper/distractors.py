@@ -77,31 +77,34 @@ def distractor_study(measuring: Measuring, seed: int) -> dict[str, Any]:
     out: dict[str, Any] = {"rows": rows, "sizes": sizes, "tasks": {}}
     for own, task in enumerate(bench.settings.tasks):
         mine = [index for index, (column, _) in enumerate(examples) if column == own]
+        columns = {size: value[mine, : len(pool) + size].argmax(1).tolist() for size in sizes}
+        # A distractor that wins in a small library often wins in a larger one: it answers once.
+        pairs = sorted({(row, column) for found in columns.values() for row, column in enumerate(found)})
+        answers = dict(zip(pairs, _answers(measuring, seed, task, pairs), strict=True))
         entry: dict[str, Any] = {}
-        for size in sizes:
-            columns = value[mine, : len(pool) + size].argmax(1).tolist()
-            predicted = _answers(measuring, seed, task, columns)
-            right = [int(p == examples[i][1].gold) for p, i in zip(predicted, mine, strict=True)]
-            entry[str(size)] = {"right": right, "share": sum(c == own for c in columns) / len(columns)}
+        for size, found in columns.items():
+            right = [int(answers[row, column] == examples[mine[row]][1].gold) for row, column in enumerate(found)]
+            entry[str(size)] = {"right": right, "share": sum(column == own for column in found) / len(found)}
         out["tasks"][task] = entry
     return out
 
 
-def _answers(measuring: Measuring, seed: int, task: str, columns: Sequence[int]) -> list[int]:
-    """The answer of row i with adapter ``columns[i]``: one of the pool, or a distractor from its size on."""
+def _answers(measuring: Measuring, seed: int, task: str, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The answer of each (row, column): a column of the pool, or a distractor from the pool's size on."""
     bench = measuring.bench
-    pool = bench.pool(seed)
-    inside = [column if column < len(pool) else -1 for column in columns]
-    padded = [*inside, *[-1] * (len(bench.test_examples(task)) - len(columns))]
-    predicted = measuring.given(task, seed, padded)[: len(columns)]
-    outside = [row for row, column in enumerate(columns) if column >= len(pool)]
+    pool, examples = bench.pool(seed), bench.test_examples(task)
+    known: dict[tuple[int, int], int] = {}
+    for column in {column for _, column in pairs if column < len(pool)}:
+        rows = {row for row, other in pairs if other == column}
+        own = bench.settings.tasks.index(task)
+        answered = measuring.given(task, seed, [column if row in rows else own for row in range(len(examples))])
+        known |= {(row, column): answered[row] for row in rows}
+    outside = [(row, column - len(pool)) for row, column in pairs if column >= len(pool)]
     if outside:
-        numbers = sorted({columns[row] - len(pool) for row in outside})
+        numbers = sorted({number for _, number in outside})
         made = distractors(pool, numbers, bench.settings.distractors)
-        chosen = [numbers.index(columns[row] - len(pool)) for row in outside]
-        examples = [bench.test_examples(task)[row] for row in outside]
-        for row, answer in zip(
-            outside, with_columns(bench.model, made, examples, chosen, bench.pad_token), strict=True
-        ):
-            predicted[row] = answer
-    return predicted
+        given = [examples[row] for row, _ in outside]
+        chosen = [numbers.index(number) for _, number in outside]
+        found = with_columns(bench.model, made, given, chosen, bench.pad_token)
+        known |= {(row, number + len(pool)): answer for (row, number), answer in zip(outside, found, strict=True)}
+    return [known[pair] for pair in pairs]
