@@ -24,6 +24,7 @@ COMPARED = (
 )
 # The method whose difference from every other one is tested.
 OURS = "prompt_evidence"
+PUBLISHED = ("mu", "arrow", "lag", "seqr", "lorauter")
 PARTS: tuple[str, ...] = ("ablations", "maximising", "norms", "unique-norms", "distractors", "forbidden", "noise")
 PARTS += ("regime-lorauter-semi", "regime-lorauter-ood", "regime-seqr-ood")
 
