@@ -44,11 +44,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from seqr.routing.features import feature_count
 from seqr.routing.products import COLUMN_BLOCK
 from seqr.routing.scores import LEAST
+
+Flags = npt.NDArray[np.bool_]
 
 UNIT = 2.0**-24
 TINY = 2.0**-126
@@ -108,15 +111,19 @@ def bounds(r: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return torch.cat(slopes), torch.cat(floors)
 
 
-def doubtful(z: torch.Tensor, best: torch.Tensor, second: torch.Tensor, truth: Truth) -> torch.Tensor:
+def doubtful(z: torch.Tensor, best: torch.Tensor, second: torch.Tensor, truth: Truth) -> Flags:
     """bool [T]: where ``best`` may not be the true choice, ``second`` being the largest score of any other column.
 
     z fp32 [T, r]; best and second fp32 [T], -inf where there is none. A best that is no number is always in doubt.
+    In NumPy, where an operation on few numbers costs a third of torch's.
     """
-    b = (best + truth.lowest).clamp_min_(0.0)
-    b2 = torch.maximum(second + truth.lowest, b * 0.5)
-    need = z.square().sum(1).mul_(6.0 * truth.worst_slope).add_(8.0 * truth.worst_floor)
-    return ((b - b2).sub_(24.0 * UNIT * truth.widest).mul_(b2) > need).logical_not_()
+    wide, high, next_high = (t.cpu().numpy() for t in (z, best, second))
+    with np.errstate(invalid="ignore", over="ignore"):
+        b = np.maximum(high + truth.lowest, 0.0)
+        b2 = np.maximum(next_high + truth.lowest, b * 0.5)
+        need = np.einsum("tr,tr->t", wide, wide) * (6.0 * truth.worst_slope) + 8.0 * truth.worst_floor
+        doubt: Flags = ~((b - b2 - 24.0 * UNIT * truth.widest) * b2 > need)
+    return doubt
 
 
 def margin(z: torch.Tensor, best: torch.Tensor, truth: Truth) -> torch.Tensor:

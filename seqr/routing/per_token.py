@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from seqr.routing.exact import Truth, doubtful, settle
+from seqr.routing.exact import Flags, Truth, doubtful, settle
 from seqr.routing.features import features
 from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
 from seqr.routing.scores import LEAST, choose, places, scores, usable
@@ -46,12 +46,21 @@ class Gate:
     permitted: torch.Tensor
 
     @cached_property
+    def uniform(self) -> bool:
+        """Whether all tokens may use the same adapters, as when one user is served; they are then kept once."""
+        with torch.inference_mode(False):
+            return bool((self.permitted == self.permitted[:1]).all())
+
+    @cached_property
     def ceiling(self) -> torch.Tensor:
-        """+inf where permitted and -inf elsewhere, fp32 [N / 64, T', 64], T' = T rounded up to a multiple of 16."""
+        """+inf where permitted and -inf elsewhere, fp32 [N / 64, T', 64], T' = T rounded up to a multiple of 16.
+
+        [N / 64, 1, 64] where it is the same for all tokens.
+        """
         with torch.inference_mode(False):
             tokens, width = self.permitted.shape
-            padded = F.pad(self.permitted, (0, 0, 0, -tokens % ROW_TILE))
-            ceiling = torch.full(padded.shape, -math.inf, device=padded.device).masked_fill_(padded, math.inf)
+            rows = self.permitted[:1] if self.uniform else F.pad(self.permitted, (0, 0, 0, -tokens % ROW_TILE))
+            ceiling = torch.full(rows.shape, -math.inf, device=rows.device).masked_fill_(rows, math.inf)
             return ceiling.view(-1, width // COLUMN_BLOCK, COLUMN_BLOCK).transpose(0, 1).contiguous()
 
     @cached_property
@@ -70,9 +79,11 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
     (``seqr.routing.exact``); where fp32 can tell, as for nearly all tokens, that costs a comparison per token.
     """
     tokens = z.shape[0]
-    score = (
-        block_product(features(z), columns.gram).clamp_min_(LEAST).sqrt_().sub_(columns.shift).clamp_max_(gate.ceiling)
-    )
+    score = block_product(features(z), columns.gram).clamp_min_(LEAST).sqrt_()
+    if gate.uniform:
+        score.sub_(torch.maximum(columns.shift, -gate.ceiling))
+    else:
+        score.sub_(columns.shift).clamp_max_(gate.ceiling)
     rows = score.shape[1]
     # The largest of each block first, which vectorises; then the place in one block of 64 per token.
     peaks = score.amax(2)
@@ -104,10 +115,10 @@ def _without_number(best: torch.Tensor, gate: Gate) -> torch.Tensor | None:
     return None if math.isfinite(float(best.sum())) else best.isfinite().logical_not_()
 
 
-def _in_doubt(flags: torch.Tensor, gate: Gate) -> torch.Tensor | None:
+def _in_doubt(flags: Flags, gate: Gate) -> torch.Tensor | None:
     if gate.nobody is not None:
-        flags = flags.masked_fill(gate.nobody, False)
-    return flags if bool(flags.any()) else None
+        flags = flags & ~gate.nobody.cpu().numpy()
+    return torch.from_numpy(flags).to(gate.permitted.device) if flags.any() else None
 
 
 def _look_again(

@@ -1,15 +1,14 @@
 """The exact choice among very many adapters without scoring each: leaves of alike adapters, and a bound for each leaf.
 
-A leaf is a few adapters (8) whose quadratic forms are close. With G_i = R_i^T R_i / sigma_i^2 and C their mean,
+A leaf is eight adapters whose quadratic forms G_i = R_i^T R_i / sigma_i^2 are close. In the order of symmetric matrices
 
-    G_i <= U = C + lambda M      in the order of symmetric matrices, for all i of the leaf
-    score_i(z) <= sqrt(z^T U z) - min o_i
+    G_i <= U   for all i of the leaf, hence      score_i(z) <= sqrt(z^T U z) - min o_i
 
-M is the root of the mean of (G_i - C)^2, so that the bound is wide only in the directions in which the leaf's members
-differ, and lambda the largest eigenvalue of M^-1/2 (G_i - C) M^-1/2 over them; both are taken in coordinates in which a
-sample of tokens z is white, because only directions that occur cost anything. A bound has the form of a score, so all
-leaves' bounds are one product of N / 8 columns. Then, for each token: score the leaves of largest bound, and every
-other leaf whose bound reaches the best score found; decide among what is left as ``seqr.routing.exact`` does, in fp64.
+(A + B + |A - B|) / 2, with |.| the root of the square, is an upper bound of two forms A and B that no other one is
+below, one in each system of coordinates; it is taken where a sample of tokens z is white, because only directions that
+occur cost anything, and pair by pair up to the leaf. A bound has the form of a score, so all leaves' bounds are one
+product of N / 8 columns. Then, for each token: score the leaves of largest bound, and every other leaf whose bound
+reaches the best score found; decide among what is left as ``seqr.routing.exact`` does, in fp64.
 
 Rounding: U is raised by c I with the c of ``exact`` for U itself, and a leaf is left out only when its bound, with its
 rounding, is below every score that could still win (``exact.margin``). So the answer is always the full product's.
@@ -76,7 +75,7 @@ class SearchIndex:
     def allow(self, permitted: torch.Tensor) -> "Allowed":
         """permitted bool [T, N], once for every batch of users."""
         member = permitted[:, self.column.flatten()].view(-1, *self.column.shape)
-        return Allowed(member, member.any(2))
+        return Allowed(member, torch.where(member.any(2), math.inf, -math.inf))
 
     def bounds(self, z: torch.Tensor) -> torch.Tensor:
         """fp32 [T, B]: no usable adapter of leaf b has a true score above this; z fp32 [T, r]."""
@@ -88,8 +87,7 @@ class SearchIndex:
 
         A token so large that fp32 has no number for a bound gets nobody.
         """
-        bound = self.bounds(z)
-        bound.masked_fill_((allowed.leaf & (bound < math.inf)).logical_not_(), -math.inf)
+        bound = self.bounds(z).clamp_max_(allowed.ceiling).nan_to_num_(-math.inf, -math.inf, -math.inf)
         leaf = bound.topk(min(_FIRST, bound.shape[1]), dim=1).indices
         token = places(z.shape[0], z.device)[:, None].expand_as(leaf).flatten()
         found = self._scores(z, token, leaf.flatten(), allowed).view(z.shape[0], -1).amax(1)
@@ -102,11 +100,12 @@ class SearchIndex:
         return settle_pairs(z, score[pair, member], token[pair], self.column[leaf[pair], member], self.truth)
 
     def _scores(self, z: torch.Tensor, token: torch.Tensor, leaf: torch.Tensor, allowed: "Allowed") -> torch.Tensor:
-        """fp32 [P, 8]: the scores of the members of ``leaf`` for ``token``; -inf for the forbidden."""
-        of_z = features(z)
+        """fp32 [P, 8]: the scores of the members of ``leaf`` for ``token``, which ascends; -inf for the forbidden."""
+        of_z, counts = features(z), torch.bincount(token, minlength=z.shape[0]).tolist()
+        # One matrix-vector product a token: a batched product of as many small ones takes several times as long.
         q = [
-            torch.bmm(self.gram.index_select(0, some), of_z.index_select(0, whose).unsqueeze(2)).squeeze(2)
-            for whose, some in zip(torch.split(token, _AT_ONCE), torch.split(leaf, _AT_ONCE), strict=True)
+            torch.mv(self.gram.index_select(0, some).flatten(0, 1), f).view(-1, LEAF)
+            for some, f in zip(torch.split(leaf, counts), of_z, strict=True)
         ]
         score = torch.cat(q).clamp_min_(LEAST).sqrt_().sub_(self.offset.index_select(0, leaf))
         return score.masked_fill_(allowed.member[token, leaf].logical_not_(), -math.inf)
@@ -114,10 +113,10 @@ class SearchIndex:
 
 @dataclass(frozen=True)
 class Allowed:
-    """Permissions in an index's order: member bool [T, B, 8], leaf bool [T, B]."""
+    """Permissions in an index's order: member bool [T, B, 8]; ceiling fp32 [T, B], -inf where a leaf has none."""
 
     member: torch.Tensor
-    leaf: torch.Tensor
+    ceiling: torch.Tensor
 
 
 def _forms(truth: Truth, columns: torch.Tensor) -> torch.Tensor:
@@ -173,15 +172,13 @@ def _leaves(points: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _upper(form: torch.Tensor, white: torch.Tensor) -> torch.Tensor:
-    """U of each leaf, fp64 [B, r, r]: form [B, 8, r, r], white [r, r]. A tight lambda, raised by what fp64 rounds."""
-    centre = form.mean(1)
-    spread = white.T @ (form - centre[:, None]) @ white
-    values, vectors = torch.linalg.eigh((spread @ spread).mean(1))
-    values = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min_(TINY)
-    root = (vectors * values.pow(0.5)[:, None]) @ vectors.transpose(1, 2)
-    inverse = (vectors * values.pow(-0.25)[:, None]) @ vectors.transpose(1, 2)
-    inner = inverse[:, None] @ spread @ inverse[:, None]
-    largest = torch.linalg.eigvalsh(inner)[..., -1].amax(1).clamp_min_(0.0) * (1.0 + 1e-9)
+    """U of each leaf, fp64 [B, r, r]: form [B, 8, r, r], white [r, r]."""
+    bound = white.T @ form @ white
+    while bound.shape[1] > 1:
+        one, other = bound[:, 0::2], bound[:, 1::2]
+        values, vectors = torch.linalg.eigh(one - other)
+        apart = (vectors * values.abs()[..., None, :]) @ vectors.transpose(2, 3)
+        bound = (one + other + apart) / 2
     back: torch.Tensor = torch.linalg.inv(white)
-    raised: torch.Tensor = centre + back.T @ (largest[:, None, None] * root) @ back
-    return raised
+    upper: torch.Tensor = back.T @ bound[:, 0] @ back
+    return upper

@@ -134,8 +134,8 @@ def test_a_token_that_is_not_in_doubt_has_one_candidate(rank: int, condition: fl
     permitted = everything(hard, 200)
     score = scores(z, hard.columns.gram, hard.columns.offset)
     best, second = score.masked_fill(~permitted, -math.inf).topk(2).values.unbind(1)
-    sure = (~exact.doubtful(z, best, second, hard.truth)).nonzero().squeeze(1)
-    for t in sure.tolist():
+    sure = ~exact.doubtful(z, best, second, hard.truth)
+    for t in sure.nonzero()[0].tolist():
         token, column = torch.zeros(9, dtype=torch.int64), torch.arange(9)
         low, high = exact.interval(z[t : t + 1], score[t, :9], token, column, hard.truth)
         assert int((high >= low.max()).sum()) == 1
@@ -147,7 +147,7 @@ def test_nearly_all_ordinary_tokens_are_sure_at_once() -> None:
     z = torch.randn(4000, 8, generator=generator)
     score = scores(z, hard.columns.gram, hard.columns.offset)
     best, second = score.topk(2).values.unbind(1)
-    assert float(exact.doubtful(z, best, second, hard.truth).float().mean()) < 0.01
+    assert exact.doubtful(z, best, second, hard.truth).mean() < 0.01
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -265,3 +265,22 @@ def test_a_step_routes_exactly_by_default_and_the_library_holds_what_it_needs() 
     truth = library.module("first").truth
     assert torch.equal(truth.r[0], part.r)
     assert (float(truth.mu[0]), float(truth.sigma[0])) == (part.mu, part.sigma)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33])
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_batch_of_one_user_is_routed_as_the_same_tokens_among_others(tokens: int, is_exact: bool) -> None:
+    """One permission for all tokens is laid out once, not token by token: the same choices."""
+    generator = torch.Generator().manual_seed(12)
+    hard = assorted(8, 70, 1e4, generator)
+    z = torch.randn(tokens + 1, 8, generator=generator)
+    z[0] *= 1e25
+    permitted = everything(hard, tokens + 1)
+    permitted[:, ::3] = False
+    permitted[tokens] = False
+    truth = hard.truth if is_exact else None
+    mixed, alone = Gate(permitted), Gate(permitted[:tokens])
+    assert (mixed.uniform, alone.uniform) == (False, True)
+    together = route_activations(z, hard.columns, mixed, truth)
+    assert torch.equal(together[:tokens], route_activations(z[:tokens], hard.columns, alone, truth))
+    assert int(together[tokens]) == -1

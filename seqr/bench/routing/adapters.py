@@ -60,7 +60,7 @@ def random_shelf(count: int, rank: int, seed: int = 0) -> Shelf:
     """``count`` upper triangular R of normal entries, calibrated on 256 normal z."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(256, rank, generator=generator)
-    sizes = [min(_AT_ONCE, count - start) for start in range(0, count, _AT_ONCE)]
+    sizes = [min(_AT_ONCE, count - start) for start in range(0, max(1, count), _AT_ONCE)]
     return Shelf.calibrated((torch.randn(size, rank, rank, generator=generator).triu() for size in sizes), z)
 
 

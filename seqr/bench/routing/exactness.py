@@ -105,7 +105,7 @@ def check(name: str, shelf: Shelf, draw: Draw, tokens: int, generator: torch.Gen
             score = scores(z, shelf.columns.gram, shelf.columns.offset)
             plain = route(score, permitted)
             best, second = score.masked_fill(~permitted, -torch.inf).topk(2).values.unbind(1)
-            in_doubt = doubtful(z, best, second, shelf.truth) & permitted.any(1)
+            in_doubt = doubtful(z, best, second, shelf.truth) & permitted.any(1).numpy()
         tally.tokens += count
         tally.wrong += int((choice != expected).sum())
         tally.wrong_in_fp32 += int((plain != expected).sum())

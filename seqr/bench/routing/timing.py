@@ -69,13 +69,13 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Referred to by this list, the loop and the count itself, and by nobody else: let go.
+        self._held = [t for t in self._held if sys.getrefcount(t) > 3]
         out = func(*args, **(kwargs or {}))
         ours = {_storage(t) for t in self._held}
         theirs = {_storage(t) for t in _tensors((args, kwargs))} - ours
         self._held += [t for t in _tensors(out) if _storage(t) not in theirs]
         self.peak = max(self.peak, sum({_storage(t): t.untyped_storage().nbytes() for t in self._held}.values()))
-        # Referred to by this list, the loop and the count itself, and by nobody else: let go.
-        self._held = [t for t in self._held if sys.getrefcount(t) > 3]
         return out
 
 
