@@ -250,9 +250,10 @@ def activate(federation: Federation, key: ec.EllipticCurvePrivateKey) -> int:
     ) as client:
         try:
             response = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
+            # A registration may end between the two calls: the second one's refusal is the answer then.
+            client.DeactivateNode(DeactivateNodeRequest(node_id=response.node_id))
         except httpx.HTTPStatusError as error:
             return error.response.status_code
-        client.DeactivateNode(DeactivateNodeRequest(node_id=response.node_id))
         return 200
 
 
