@@ -21,6 +21,12 @@ class BenchOptionInvalid(SeqrError):
     code = "bench_option_invalid"
 
 
+class BenchFolderTaken(SeqrError):
+    """A folder with the results of a run on other data, another model or other options."""
+
+    code = "bench_folder_taken"
+
+
 class BenchInterrupted(SeqrError):
     """A benchmark was stopped; what it has finished is kept."""
 

@@ -1,15 +1,17 @@
 """``seqr bench paper``: which run, on which data, where to; work is shared among processes that each keep results."""
 
+import json
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seqr.bench.errors import BenchInterrupted, BenchOptionInvalid
+from seqr.bench.errors import BenchFolderTaken, BenchInterrupted, BenchOptionInvalid
+from seqr.canonical import canonical_json, sha256_hex
 from seqr.smollm2 import default_cache_dir
 
 if TYPE_CHECKING:
@@ -27,13 +29,7 @@ class Run:
     data: Path
     out: Path
     adapters: Path
-    tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
-    train_rows: int
-    test_rows: int
-    max_tokens: int
-    distractors: int
-    encoder: str
+    settings: "Settings"
     every: bool
     threads: int
 
@@ -64,32 +60,30 @@ def paper(
     """
     if quick and full:
         raise BenchOptionInvalid("--quick and --full exclude each other")
+    if workers < 0:
+        raise BenchOptionInvalid(f"--workers must not be negative, got {workers}")
     from seqr.bench.paper.tasks import known_tasks
+    from seqr.bench.paper.workbench import Settings
     from seqr.models import inspect_base_model
 
     cache = default_cache_dir()
     count = workers or min(8, os.cpu_count() or 1)
-    names = tuple(tasks.split(",")) if tasks else QUICK_TASKS if quick else tuple(known_tasks())
     rows = (100, 60) if quick else (1000, 1000) if full else (400, 200)
-    run = Run(
-        model=_model_directory(model, cache),
-        data=data,
-        out=out,
-        adapters=cache / "bench/adapters",
-        tasks=names,
+    settings = Settings(
+        tasks=tuple(tasks.split(",")) if tasks else QUICK_TASKS if quick else tuple(known_tasks()),
         seeds=tuple(range(seeds or (1 if quick else 3))),
         train_rows=train_rows or rows[0],
         test_rows=test_rows or rows[1],
         max_tokens=256 if full else 96,
         distractors=distractors,
         encoder=encoder,
-        every=full,
-        threads=max(1, (os.cpu_count() or 1) // count),
     )
-    settings_of(run)
-    # Before any process is started: what is wrong with data or model is said once.
-    _check_data(run)
-    inspect_base_model(run.model, "attention")
+    threads = max(1, (os.cpu_count() or 1) // count)
+    run = Run(_model_directory(model, cache), data, out, cache / "bench/adapters", settings, full, threads)
+    # Before any process is started: what is wrong with data, model or folder is said once.
+    data_digest = _check_data(run)
+    identity = {"model": inspect_base_model(run.model, "attention").digest, "data": data_digest}
+    claim_folder(out, identity | asdict(settings))
     if not report_only:
         _work_together(run, count)
     from seqr.bench.paper.report import write_report
@@ -97,19 +91,18 @@ def paper(
     print(f"report: {write_report(bench_of(run), out)}")
 
 
-def settings_of(run: Run) -> "Settings":
-    """The settings of a run; raises ``BenchOptionInvalid``."""
-    from seqr.bench.paper.workbench import Settings
-
-    return Settings(
-        run.tasks,
-        run.seeds,
-        run.train_rows,
-        run.test_rows,
-        run.max_tokens,
-        distractors=run.distractors,
-        encoder=run.encoder,
-    )
+def claim_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Make ``out`` the folder of one run, or raise ``BenchFolderTaken``: answers to other questions must not mix."""
+    note, mine = out / "run.json", canonical_json(identity)
+    if not note.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_bytes(mine)
+    theirs = json.loads(note.read_bytes())
+    differs = [key for key, value in json.loads(mine).items() if theirs.get(key) != value]
+    if differs:
+        raise BenchFolderTaken(
+            f"{out} holds a run with another {', '.join(differs)}; choose another --out, or repeat that run's options"
+        )
 
 
 def bench_of(run: Run) -> "Workbench":
@@ -117,7 +110,7 @@ def bench_of(run: Run) -> "Workbench":
     from seqr.bench.paper.store import Store
     from seqr.bench.paper.workbench import Workbench
 
-    return Workbench(run.model, run.data, Store(run.adapters, run.out / "results"), settings_of(run))
+    return Workbench(run.model, run.data, Store(run.adapters, run.out / "results"), run.settings)
 
 
 def work(run: Run) -> None:
@@ -165,9 +158,8 @@ def _model_directory(model: str, cache: Path) -> Path:
     return prepare_base_model(path, cache / "models" / path.stem) if path.is_file() else path
 
 
-def _check_data(run: Run) -> None:
+def _check_data(run: Run) -> str:
+    """SHA-256 over the rows of every task and split; raises what ``read_rows`` raises."""
     from seqr.bench.paper.tasks import SPLITS, read_rows
 
-    for task in run.tasks:
-        for split in SPLITS:
-            read_rows(run.data, task, split)
+    return sha256_hex(canonical_json([read_rows(run.data, t, split) for t in run.settings.tasks for split in SPLITS]))

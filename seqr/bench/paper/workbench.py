@@ -36,9 +36,10 @@ class Settings:
         unknown = [task for task in self.tasks if task not in known_tasks()]
         if unknown:
             raise BenchOptionInvalid(f"there is no task {unknown[0]}; the tasks are {', '.join(known_tasks())}")
-        if len(self.tasks) < 2 or not self.seeds or min(self.train_rows, self.test_rows) < 1 or self.max_tokens < 16:
+        least = min(self.train_rows, self.test_rows, self.distractors)
+        if len(self.tasks) < 2 or not self.seeds or least < 1 or self.max_tokens < 16:
             raise BenchOptionInvalid(
-                "at least two tasks, one seed, one training row, one test row and 16 tokens are needed"
+                "at least two tasks, one seed, one training row, one test row, one distractor and 16 tokens are needed"
             )
 
 

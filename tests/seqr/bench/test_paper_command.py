@@ -58,6 +58,8 @@ def test_a_run_writes_every_table_and_figure_and_goes_on_where_it_was(
         (["--quick", "--full"], "--quick and --full exclude each other"),
         (["--tasks", "sst2,nope"], "there is no task nope; the tasks are ag_news, cola"),
         (["--tasks", "sst2"], "at least two tasks, one seed"),
+        (["--workers", "-1"], "--workers must not be negative, got -1"),
+        (["--distractors", "0"], "one distractor and 16 tokens are needed"),
         (["--tasks", "sst2,mnli"], "mnli/train.jsonl is not there; --data names a folder"),
         (["--model", "nowhere"], "nowhere is neither a GGUF file nor a directory with a model's config.json"),
     ],
@@ -82,3 +84,19 @@ def test_a_model_without_the_target_modules_is_refused(
     )
     run(data, tmp_path / "out", tmp_path / "gpt2", status=1)
     assert "has no attention Linear layers that an adapter could be put on" in capsys.readouterr().err
+
+
+def test_answers_to_other_data_or_options_do_not_mix_in_one_folder(
+    data: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(data, out, tiny, "--report")
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    lines = (other / "sst2/test.jsonl").read_text("utf-8").splitlines()
+    (other / "sst2/test.jsonl").write_text("\n".join(lines[1:]) + "\n", "utf-8")
+    run(other, out, tiny, "--report", status=1)
+    assert "holds a run with another data; choose another --out" in capsys.readouterr().err
+    run(data, out, tiny, "--report", "--test-rows", "5", status=1)
+    assert "holds a run with another test_rows;" in capsys.readouterr().err
+    run(data, out, tiny, "--report")
