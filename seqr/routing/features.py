@@ -24,9 +24,14 @@ def features(z: torch.Tensor) -> torch.Tensor:
 def gram(r: torch.Tensor) -> torch.Tensor:
     """w_ij (R^T R)_ij for i <= j: r [..., r, r] -> [..., F] fp64, the other side of that inner product."""
     wide = r.detach().to("cpu", torch.float64)
-    first, second = _pairs(r.shape[-1], wide.device)
-    weight = torch.where(first == second, 1.0, 2.0).to(torch.float64)
-    return (wide.mT @ wide)[..., first, second] * weight
+    return packed(wide.mT @ wide)
+
+
+def packed(form: torch.Tensor) -> torch.Tensor:
+    """w_ij G_ij for i <= j of symmetric G: [..., r, r] -> [..., F]."""
+    first, second = _pairs(form.shape[-1], form.device)
+    weight = torch.where(first == second, 1.0, 2.0).to(form.dtype)
+    return form[..., first, second] * weight
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from seqr.routing.exact import TINY, UNIT, Truth, margin, settle_pairs
-from seqr.routing.features import feature_count, features
+from seqr.routing.features import feature_count, features, packed
 from seqr.routing.scores import LEAST, places
 
 LEAF = 8
@@ -64,9 +64,9 @@ class SearchIndex:
         raised = (count + 4) * UNIT * largest * (1.0 + 1e-6) + count * TINY
         upper.diagonal(dim1=1, dim2=2).add_(raised[:, None] * (1.0 + 1e-6))
         return cls(
-            _vech(upper).T.to(torch.float32).contiguous(),
+            packed(upper).T.to(torch.float32).contiguous(),
             offset.amin(1).to(torch.float32),
-            _vech(form).to(torch.float32).view(*leaves.shape, count),
+            packed(form).to(torch.float32).view(*leaves.shape, count),
             offset.to(torch.float32),
             leaves,
             truth,
@@ -125,12 +125,6 @@ def _forms(truth: Truth, columns: torch.Tensor) -> torch.Tensor:
     return r.transpose(1, 2) @ r
 
 
-def _vech(form: torch.Tensor) -> torch.Tensor:
-    """The upper triangle with its off-diagonals doubled (``features.gram``): [K, r, r] -> [K, F]."""
-    first, second = torch.triu_indices(form.shape[1], form.shape[1])
-    return form[:, first, second] * torch.where(first == second, 1.0, 2.0)
-
-
 def _whitening(sample: torch.Tensor) -> torch.Tensor:
     """W fp64 [r, r] with W W^T the second moment of the sample, a millionth of its trace added: z = W (white)."""
     wide = sample.to(torch.float64)
@@ -145,7 +139,7 @@ def _embedding(truth: Truth, members: torch.Tensor, sample: torch.Tensor) -> tor
     some = sample[:: max(1, sample.shape[0] // 64)]
     of_sample = features(some.to(torch.float64)).T
     scores = [
-        (_vech(_forms(truth, part)) @ of_sample).clamp_min_(0.0).sqrt_() - (truth.mu / truth.sigma)[part][:, None]
+        (packed(_forms(truth, part)) @ of_sample).clamp_min_(0.0).sqrt_() - (truth.mu / truth.sigma)[part][:, None]
         for part in torch.split(members, _AT_ONCE)
     ]
     return torch.cat(scores).to(torch.float32)

@@ -1,6 +1,7 @@
 """What explains the comparison, for one seed: parts of evidence, noise, norms, forbidden silos, large libraries."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ class Extras:
         """(name, cost in tokens, units it needs) of every part."""
         tasks = self.bench.settings.tasks
         read_all = (f"public/{seed}", *(f"{kind}/{seed}/{task}" for kind in ("own", "read") for task in tasks))
-        answered = tuple(f"answer/{router}/{seed}/{task}" for router in ("oracle",) for task in tasks)
-        answered += tuple(f"answer/base/all/{task}" for task in tasks)
+        answered = tuple(self.m.answer_name(router, task, seed) for router in ("oracle", "base") for task in tasks)
         trained = tuple(f"train/{seed}/{task}/unique" for task in tasks)
         passes = float(self.bench.test_tokens)
         return [
@@ -60,9 +60,9 @@ class Extras:
                 value = regime(self.m, seed, name.removeprefix("regime-"))
             else:
                 methods: dict[str, Callable[[int], Json]] = {
-                    "ablations": self.ablations, "maximising": self.maximising, "norms": self.norms,
+                    "ablations": self.ablations, "maximising": partial(maximiser_shares, self.m), "norms": self.norms,
                     "unique-norms": self.unique_norms,
-                    "distractors": self.distractors, "forbidden": self.forbidden, "noise": self.noise,
+                    "distractors": partial(distractor_study, self.m), "forbidden": self.forbidden, "noise": self.noise,
                 }  # fmt: skip
                 value = methods[name](seed)
             self.bench.store.keep(f"extra/{name}", value)
@@ -98,10 +98,6 @@ class Extras:
         out["own-data mu and sigma"] = self._shares(seed, Variant(), self.m.own_statistics(seed))
         return out
 
-    def maximising(self, seed: int) -> Json:
-        """Figure 4: the share of (token, module) pairs at which each router picks the largest norm."""
-        return maximiser_shares(self.m, seed)
-
     def norms(self, seed: int) -> Json:
         """Figures 2 and 3: mean norm of every adapter on every task, raw and calibrated, where A is shared."""
         own, public = self.m.own_statistics(seed), self.m.public_statistics(seed)
@@ -123,10 +119,6 @@ class Extras:
             out["raw"].append(norms.mean((0, 1)).tolist())
             out["own"].append(((norms - own.mu) / own.sigma).mean((0, 1)).tolist())
         return out
-
-    def distractors(self, seed: int) -> Json:
-        """Prompt evidence in a library that grows by adapters of nobody here."""
-        return distractor_study(self.m, seed)
 
     def forbidden(self, seed: int) -> Json:
         """Each task's own silo forbidden: the answers of whoever is chosen then, and with a threshold below which

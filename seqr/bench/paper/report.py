@@ -1,15 +1,13 @@
 """``results.json``, ``report.md`` and the figures of a run, from what it has measured so far."""
 
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from seqr.bench.machine import describe_machine
 from seqr.bench.paper.figures import write_figures
 from seqr.bench.paper.flops import NAMES, paper_table
 from seqr.bench.paper.summary import COMPARED, OURS, PARTS, PUBLISHED, Row, Summary
@@ -44,18 +42,6 @@ def write_report(bench: Workbench, out: Path) -> Path:
     return out / "report.md"
 
 
-def machine() -> str:
-    """The machine, in words that say nothing of where it stands."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    except OSError:
-        pass
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} cores of {model} ({capability}), torch {torch.__version__}, no GPU used"
-
-
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table."""
     return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
@@ -63,11 +49,13 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _setting(s: Summary) -> list[str]:
     recipe = s.settings.recipe
+    told = ("processor", "cores", "memory", "vector instructions", "torch")
+    machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items() if key in told) + ", no GPU used"
     return [
         f"Base model {s.model_name}; {len(s.tasks)} tasks, {s.settings.train_rows} training and {s.settings.test_rows} "
         f"test rows each, sequences of at most {s.settings.max_tokens} tokens; seeds {list(s.settings.seeds)}. "
         f"LoRA on the attention Linears, r = {recipe.rank}, alpha = {recipe.alpha:g}, {recipe.epochs} epoch(s) of "
-        f"batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, cosine. Machine: {machine()}.",
+        f"batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, cosine. Machine: {machine}.",
         "",
         "Accuracy is that of the label word of largest log-likelihood (hellaswag: the ending, per byte). Intervals are "
         "95%. p: paired sign-flip permutation test over test rows, 20,000 draws, against evidence of the prompt.",

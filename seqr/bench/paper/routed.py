@@ -12,7 +12,7 @@ from seqr.bench.paper.tasks import Example
 from seqr.routers.interface import Activation, Batch, Mixture, Router
 from seqr.routers.mixture_model import MixtureModel
 from seqr.routers.oracle import OracleRouter
-from seqr.routers.pool import AdapterPool
+from seqr.routers.pool import AdapterPool, LoraFactors
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,6 @@ def with_columns(
 
 def averaged(pool: AdapterPool) -> AdapterPool:
     """The one adapter that MU amounts to where A is shared and everything is permitted: the mean of all B."""
-    from seqr.routers.pool import LoraFactors
-
     mean: Mapping[str, LoraFactors] = {
         module: LoraFactors(pool.a[index], pool.b_t[index].mean(0).T) for index, module in enumerate(pool.modules)
     }

@@ -27,21 +27,19 @@ class Store:
 
     def adapter(self, recipe: dict[str, Any], train: Callable[[], Factors]) -> Factors:
         """The adapter that ``recipe`` describes, trained now if it is not here yet."""
-        file = self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors"
+        file = self._adapter_file(recipe)
         if file.exists():
             tensors = load_file(file)
             modules = dict.fromkeys(name.removesuffix(".a").removesuffix(".b") for name in tensors)
             return {m: LoraFactors(tensors[f"{m}.a"], tensors[f"{m}.b"]) for m in modules}
         factors = train()
         parts = {f"{m}.{k}": v.contiguous() for m, f in factors.items() for k, v in (("a", f.a), ("b", f.b))}
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file(parts, partial)
-        partial.rename(file)
+        _whole(file, lambda partial: save_file(parts, partial))
         return factors
 
     def has_adapter(self, recipe: dict[str, Any]) -> bool:
         """Whether ``adapter`` would have nothing to train."""
-        return (self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors").exists()
+        return self._adapter_file(recipe).exists()
 
     def result(self, name: str) -> Any:
         """The JSON value stored under ``name``, or None."""
@@ -60,11 +58,7 @@ class Store:
 
     def keep(self, name: str, value: Any) -> None:
         """Store a JSON value under ``name``."""
-        file = self.results / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(value), "utf-8")
-        partial.rename(file)
+        _whole(self.results / f"{name}.json", lambda partial: partial.write_text(json.dumps(value), "utf-8"))
 
     def arrays(self, name: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under ``name``, or None."""
@@ -73,8 +67,15 @@ class Store:
 
     def keep_arrays(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Store tensors under ``name``."""
-        file = self.results / f"{name}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-        partial.rename(file)
+        parts = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        _whole(self.results / f"{name}.safetensors", lambda partial: save_file(parts, partial))
+
+    def _adapter_file(self, recipe: dict[str, Any]) -> Path:
+        return self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors"
+
+
+def _whole(file: Path, write: Callable[[Path], object]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    write(partial)
+    partial.rename(file)

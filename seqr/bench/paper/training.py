@@ -5,7 +5,7 @@ paper: 0.05): 400 rows are too few for it to matter and every product counts on 
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +19,6 @@ from seqr.routers.interface import Batch
 from seqr.routers.mixture_model import hidden_states
 from seqr.routers.pool import LoraFactors
 from seqr.shared_a import draw_a
-
-Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ def train_adapter(
     recipe: Recipe,
     seed: int,
     shared: bool,
-    progress: Progress | None = None,
 ) -> dict[str, LoraFactors]:
     """Train B (and A, unless ``shared``) and return both per module, the LoRA scale folded into b.
 
@@ -65,7 +62,7 @@ def train_adapter(
             with torch.no_grad():
                 weight.copy_(draw_a(seed, name, recipe.rank, inputs))
             weight.requires_grad_(not shared)
-        _fit(adapted, examples, pad_token, recipe, seed, progress)
+        _fit(adapted, examples, pad_token, recipe, seed)
         scale = recipe.alpha / recipe.rank
         return {
             name: LoraFactors(
@@ -85,24 +82,20 @@ def batches(examples: Sequence[Example], size: int, order: random.Random) -> lis
     return out
 
 
-def _fit(
-    adapted: Any, examples: Sequence[Example], pad_token: int, recipe: Recipe, seed: int, progress: Progress | None
-) -> None:
+def _fit(adapted: Any, examples: Sequence[Example], pad_token: int, recipe: Recipe, seed: int) -> None:
     order = random.Random(seed)
     plan = [batch for _ in range(recipe.epochs) for batch in batches(examples, recipe.batch_size, order)]
     learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(recipe.warmup * len(plan))), len(plan))
     adapted.train()
-    for step, batch in enumerate(plan, 1):
+    for batch in plan:
         loss = answer_loss(adapted.get_base_model(), batch, pad_token)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(step, len(plan), float(loss.detach()))
     adapted.eval()
 
 

@@ -10,8 +10,8 @@ import torch
 
 from seqr.bench.errors import BenchOptionInvalid
 from seqr.bench.paper.store import Store
-from seqr.bench.paper.tasks import Example, Task, known_tasks, read_rows, sample
-from seqr.bench.paper.training import Progress, Recipe, train_adapter
+from seqr.bench.paper.tasks import Example, known_tasks, read_rows, sample
+from seqr.bench.paper.training import Recipe, train_adapter
 from seqr.canonical import canonical_json, sha256_hex
 from seqr.models import base_model_digest, linear_module_names, load_base_model
 from seqr.routers.pool import AdapterPool, Factors
@@ -58,11 +58,6 @@ class Workbench:
         specs = linear_module_names(self.model, "attention")
         self.modules = {spec.name: (spec.out_features, spec.in_features) for spec in specs}
 
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The tasks of this run; adapter ``i`` of a pool is task ``i``'s."""
-        return tuple(known_tasks()[name] for name in self.settings.tasks)
-
     def train_examples(self, task: str, seed: int) -> list[Example]:
         """The training rows of a task for a seed."""
         return self._examples(task, "train", self.settings.train_rows, seed)
@@ -88,7 +83,7 @@ class Workbench:
             "modules": sorted(self.modules), "rows": sha256_hex(canonical_json(rows)),
         }  # fmt: skip
 
-    def adapter(self, task: str, seed: int, shared: bool, progress: Progress | None = None) -> Factors:
+    def adapter(self, task: str, seed: int, shared: bool) -> Factors:
         """The adapter of a task: with the A that all tasks of this seed share, or with an A of its own that learned."""
         # An A of its own is drawn for the task; a shared one for the seed alone.
         draw = seed if shared else 1000 * (seed + 1) + list(known_tasks()).index(task)
@@ -96,7 +91,7 @@ class Workbench:
             self.recipe_of(task, seed, shared),
             lambda: train_adapter(
                 self.model, self.modules, self.train_examples(task, seed), self.pad_token, self.settings.recipe, draw,
-                shared, progress,
+                shared,
             ),
         )  # fmt: skip
 

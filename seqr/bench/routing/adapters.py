@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from seqr.routing.exact import Truth
-from seqr.routing.features import features
+from seqr.routing.features import features, gram
 from seqr.routing.per_token import Columns
 from seqr.routing.products import COLUMN_BLOCK, column_blocks
 
@@ -65,11 +65,8 @@ def random_shelf(count: int, rank: int, seed: int = 0) -> Shelf:
 
 
 def vech(r: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """``features.gram`` of many: r [K, r, r], sigma [K] -> fp64 [K, F] of R^T R / sigma^2."""
-    wide = r.to(torch.float64) / sigma.to(torch.float64)[:, None, None]
-    first, second = torch.triu_indices(r.shape[1], r.shape[1])
-    weight = torch.where(first == second, 1.0, 2.0).to(torch.float64)
-    return (wide.transpose(1, 2) @ wide)[:, first, second] * weight
+    """Grams as a library scales them: r [K, r, r], sigma [K] -> fp64 [K, F] of R^T R / sigma^2."""
+    return gram(r.to(torch.float64) / sigma.to(torch.float64)[:, None, None])
 
 
 def _padded(t: torch.Tensor, width: int) -> torch.Tensor:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from seqr.bench.machine import describe_machine
 from seqr.bench.routing.adapters import random_shelf
 from seqr.bench.routing.exactness import TOKENS as EXACT_TOKENS
 from seqr.bench.routing.exactness import run_exactness
 from seqr.bench.routing.grid import BAR_CELL, Say, cells, run_cell, run_grid
 from seqr.bench.routing.layer import LAYERS, run_layers
-from seqr.bench.routing.machine import describe_machine
 from seqr.bench.routing.memory import run_memory
 from seqr.bench.routing.methods import METHODS
 from seqr.bench.routing.peft_arrow import PEERS, PeftMissing, run_peers

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from seqr.bench.machine import free_memory
 from seqr.bench.routing.adapters import Shelf, random_shelf
-from seqr.bench.routing.machine import free_memory
 from seqr.bench.routing.methods import METHODS, Cell, flops, prepare, temporary_bytes, weight_bytes
 from seqr.bench.routing.timing import interleave, peak_bytes
 

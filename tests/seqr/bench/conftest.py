@@ -50,6 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bench(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     folder = tmp_path_factory.mktemp("bench")
-    settings = Settings(TASKS, (0,), 12, 6, 120, RECIPE, str(tiny))
+    settings = Settings(TASKS, (0,), 12, 6, 120, RECIPE, encoder=str(tiny))
     with torch.random.fork_rng(devices=[]):
         yield Workbench(tiny, data, Store(folder / "adapters", folder / "results"), settings)
