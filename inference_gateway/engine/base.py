@@ -28,11 +28,25 @@ class AdapterKey:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: temperature 0 is greedy; a seed makes a request's own draws repeatable."""
+    """How the next token is drawn: temperature 0 is greedy; a seed makes a request's own draws repeatable.
+
+    ``top_k`` 0 and ``min_p`` 0 leave all tokens. ``logit_bias``: token id to an addend on its logit. ``stop_ids``:
+    tokens that end the answer beside the model's own. ``logprobs``: None for none, else how many alternatives to tell
+    with each token's. ``grammar``: what the answer's text must match, in the notation of ``inference_gateway.grammar``.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +67,33 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """ln p of a chosen token, and of the likeliest ones as (id, ln p), largest first; before any sampling option."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class TokenShares:
+    """In how many of ``choices`` adapted modules each silo shaped the pass that produced a token.
+
+    ``margin``: how far the winner's score lay above the next permitted one's, mean over the modules where two or more
+    were permitted, in the units of the routing mode's score; None where there was nothing to choose between.
+    """
+
+    counts: Mapping[str, int]
+    choices: int
+    margin: float | None
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """New tokens of a request, in order."""
+    """New tokens of a request, in order. ``logprobs`` and ``shares``: one for each id, or empty when not asked for."""
 
     ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    shares: tuple[TokenShares, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,18 @@ def bench_of(run: Run) -> "Workbench":
 
 def work(run: Run) -> None:
     """One process's part of a run, until nothing is left."""
-    import torch
-
     from seqr.bench.paper.plan import Plan
     from seqr.bench.paper.units import work_through
 
-    torch.set_num_threads(run.threads)
-    # Adam's moments of weights that hardly move become denormal, which slows some processors by a factor.
-    torch.set_flush_denormal(True)
     units = Plan(bench_of(run), run.every).units()
     work_through(units, run.out / "claims", lambda line: print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True))
+
+
+def _work_in_child(run: Run) -> None:
+    import torch
+
+    torch.set_num_threads(run.threads)
+    work(run)
 
 
 def _work_together(run: Run, count: int) -> None:
@@ -132,7 +134,7 @@ def _work_together(run: Run, count: int) -> None:
         work(run)
         return
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(run,)) for _ in range(count)]
+    processes = [context.Process(target=_work_in_child, args=(run,)) for _ in range(count)]
     for process in processes:
         process.start()
     try:

@@ -1,11 +1,12 @@
 """Activation norms of every adapter on the base model's hidden states: what all evidence is made of."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from seqr.bench.paper.scoring import like_length
 from seqr.routers.interface import Activation, Batch, Mixture
 from seqr.routers.mixture_model import MixtureModel, hidden_states
 from seqr.routers.norms import SquaredNorms
@@ -64,7 +65,7 @@ def look_at(
     found: dict[int, torch.Tensor] = {}
     mixed = MixtureModel(model, pool)
     try:
-        for rows in _like_length(sequences):
+        for rows in like_length([len(tokens) for tokens in sequences]):
             batch, ids = Batch.of([sequences[i] for i in rows], len(pool), pad_token)
             seen: list[torch.Tensor] = []
 
@@ -86,17 +87,6 @@ def look_at(
         torch.cat([found[i] for i in range(len(sequences))]),
         torch.arange(len(sequences)).repeat_interleave(lengths),
     )
-
-
-def _like_length(sequences: Sequence[Sequence[int]], tokens: int = 2048) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if batch and (len(batch) + 1) * len(sequences[index]) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 class _Watched(OracleRouter):

@@ -39,14 +39,14 @@ def sequences_of(row: int, example: Example) -> list[Stem]:
     return [Stem(row, example.prompt + stem, tuple(indexes)) for stem, indexes in stems.items()]
 
 
-def batched(sequences: Sequence[Stem], tokens: int) -> Iterator[list[Stem]]:
-    """Sequences of like length together, at most about ``tokens`` tokens a batch; a row's sequences stay ordered."""
-    batch: list[Stem] = []
-    for one in sorted(sequences, key=lambda s: len(s.tokens)):
-        if batch and (len(batch) + 1) * len(one.tokens) > tokens:
+def like_length(lengths: Sequence[int], tokens: int = 2048) -> Iterator[list[int]]:
+    """The indexes of sequences in batches of like length, at most about ``tokens`` tokens each, shortest first."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > tokens:
             yield batch
             batch = []
-        batch.append(one)
+        batch.append(index)
     if batch:
         yield batch
 
@@ -58,7 +58,6 @@ def answers(
     pad_token: int,
     routing: Routing = no_routing,
     permitted: torch.Tensor | None = None,
-    tokens: int = 2048,
 ) -> list[int]:
     """The candidate of largest (weighted) log-likelihood for every example; the lowest index where two are equal.
 
@@ -67,7 +66,8 @@ def answers(
     found: list[list[float]] = [[-torch.inf] * len(e.candidates) for e in examples]
     everything = [s for row, example in enumerate(examples) for s in sequences_of(row, example)]
     head = model.get_output_embeddings()
-    for batch in batched(everything, tokens):
+    for indexes in like_length([len(s.tokens) for s in everything]):
+        batch = [everything[index] for index in indexes]
         rows = [s.row for s in batch]
         layout, ids = Batch.of(
             [s.tokens for s in batch],
