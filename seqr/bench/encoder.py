@@ -29,12 +29,15 @@ def sentence_encoder(model: str = "") -> Encoder:
     except ModuleNotFoundError:
         raise EncoderUnavailable("LORAUTER needs the package sentence-transformers: pip install '.[bench]'") from None
     try:
-        encoder = SentenceTransformer(model or str(fetch_minilm()), device="cpu")
+        with torch.device("cpu"):
+            encoder = SentenceTransformer(model or str(fetch_minilm()), device="cpu")
     except (OSError, ValueError) as error:
         raise EncoderUnavailable(f"the sentence encoder {model} cannot be loaded: {error}") from None
 
     def encode(texts: Sequence[str]) -> torch.Tensor:
-        return torch.as_tensor(encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)).float()
+        with torch.device("cpu"):
+            rows = encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
+        return torch.as_tensor(rows, dtype=torch.float32, device=torch.get_default_device())
 
     return encode
 

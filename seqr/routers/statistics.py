@@ -23,10 +23,9 @@ class Statistics:
 
     def shifted(self, noise: float, seed: int) -> "Statistics":
         """With Gaussian noise of ``noise`` standard deviations sigma added to every mu (SEQR paper, appendix E)."""
-        dice = torch.Generator().manual_seed(seed)
-        return Statistics(
-            self.mu + noise * self.sigma * torch.randn(self.mu.shape, generator=dice, dtype=torch.float64), self.sigma
-        )
+        dice = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(self.mu.shape, generator=dice, dtype=torch.float64, device="cpu")
+        return Statistics(self.mu + noise * self.sigma * drawn.to(self.mu.device), self.sigma)
 
 
 class NormMoments:

@@ -32,6 +32,7 @@ class Run:
     settings: "Settings"
     every: bool
     threads: int
+    device: str
 
 
 def paper(
@@ -51,6 +52,7 @@ def paper(
     distractors: Annotated[int, typer.Option(help="Adapters of nobody that the library grows by.")] = 1500,
     encoder: Annotated[str, typer.Option(help="sentence-transformers model for LORAUTER.")] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0 for one per core, at most 8.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train and measure: cpu, cuda, cuda:1.")] = "cpu",
     report_only: Annotated[bool, typer.Option("--report", help="Only write the report of what is there.")] = False,
 ) -> None:
     """Reproduce the SEQR paper's experiments and compare every router on the same adapters.
@@ -62,6 +64,7 @@ def paper(
         raise BenchOptionInvalid("--quick and --full exclude each other")
     if workers < 0:
         raise BenchOptionInvalid(f"--workers must not be negative, got {workers}")
+    _check_device(device)
     from seqr.bench.paper.tasks import known_tasks
     from seqr.bench.paper.workbench import Settings
     from seqr.models import inspect_base_model
@@ -79,10 +82,11 @@ def paper(
         encoder=encoder,
     )
     threads = max(1, (os.cpu_count() or 1) // count)
-    run = Run(_model_directory(model, cache), data, out, cache / "bench/adapters", settings, full, threads)
+    run = Run(_model_directory(model, cache), data, out, cache / "bench/adapters", settings, full, threads, device)
     # Before any process is started: what is wrong with data, model or folder is said once.
     data_digest = _check_data(run)
-    identity = {"model": inspect_base_model(run.model, "attention").digest, "data": data_digest}
+    digest = inspect_base_model(run.model, "attention").digest
+    identity = {"model": digest, "data": data_digest, "device": device.partition(":")[0]}
     claim_folder(out, identity | asdict(settings))
     if not report_only:
         _work_together(run, count)
@@ -115,11 +119,14 @@ def bench_of(run: Run) -> "Workbench":
 
 def work(run: Run) -> None:
     """One process's part of a run, until nothing is left."""
+    import torch
+
     from seqr.bench.paper.plan import Plan
     from seqr.bench.paper.units import work_through
 
-    units = Plan(bench_of(run), run.every).units()
-    work_through(units, run.out / "claims", lambda line: print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True))
+    with torch.device(run.device):
+        units = Plan(bench_of(run), run.every).units()
+        work_through(units, run.out / "claims", lambda line: print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True))
 
 
 def _work_in_child(run: Run) -> None:
@@ -158,6 +165,16 @@ def _model_directory(model: str, cache: Path) -> Path:
         return prepare_base_model(fetch_smollm2(cache), cache / "models" / DEFAULT_MODEL)
     path = Path(model)
     return prepare_base_model(path, cache / "models" / path.stem) if path.is_file() else path
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BenchOptionInvalid(f"--device {device} cannot be used here: {reason}") from None
 
 
 def _check_data(run: Run) -> str:

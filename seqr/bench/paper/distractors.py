@@ -25,11 +25,11 @@ ROWS = 50  # test rows per task
 def turns(module: int, rank: int, count: int) -> torch.Tensor:
     """The orthogonal matrices of all distractors in one module: fp64 [count, r, r], uniform, the same for the same
     count."""
-    dice = torch.Generator().manual_seed(module)
-    q, r = torch.linalg.qr(torch.randn(count, rank, rank, generator=dice, dtype=torch.float64))
+    dice = torch.Generator("cpu").manual_seed(module)
+    q, r = torch.linalg.qr(torch.randn(count, rank, rank, generator=dice, dtype=torch.float64, device="cpu"))
     signs: torch.Tensor = r.diagonal(dim1=1, dim2=2).sign()
     turned: torch.Tensor = q * signs[:, None, :]
-    return turned
+    return turned.to(torch.get_default_device())
 
 
 def distractors(pool: AdapterPool, numbers: Sequence[int], count: int) -> AdapterPool:

@@ -29,7 +29,7 @@ class Store:
         """The adapter that ``recipe`` describes, trained now if it is not here yet."""
         file = self._adapter_file(recipe)
         if file.exists():
-            tensors = load_file(file)
+            tensors = _load(file)
             modules = dict.fromkeys(name.removesuffix(".a").removesuffix(".b") for name in tensors)
             return {m: LoraFactors(tensors[f"{m}.a"], tensors[f"{m}.b"]) for m in modules}
         factors = train()
@@ -63,7 +63,7 @@ class Store:
     def arrays(self, name: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under ``name``, or None."""
         file = self.results / f"{name}.safetensors"
-        return load_file(file) if file.exists() else None
+        return _load(file) if file.exists() else None
 
     def keep_arrays(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Store tensors under ``name``."""
@@ -72,6 +72,11 @@ class Store:
 
     def _adapter_file(self, recipe: dict[str, Any]) -> Path:
         return self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors"
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(file, device=str(torch.get_default_device()))
+    return tensors
 
 
 def _whole(file: Path, write: Callable[[Path], object]) -> None:

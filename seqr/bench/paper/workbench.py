@@ -44,7 +44,10 @@ class Settings:
 
 
 class Workbench:
-    """Loads the model once; trains an adapter when it is first asked for, unless ``store`` has it."""
+    """Loads the model once, to torch's default device, where everything is then measured.
+
+    Trains an adapter when it is first asked for, unless ``store`` has it.
+    """
 
     def __init__(self, model_path: Path, data: Path, store: Store, settings: Settings):
         self.settings = settings
@@ -53,7 +56,7 @@ class Workbench:
         self.model_name = model_path.name
         self.data = data
         self.model, self.tokenizer = load_base_model(model_path, torch.float32)
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to(torch.get_default_device())
         self.pad_token = int(self.tokenizer.pad_token_id or 0)
         specs = linear_module_names(self.model, "attention")
         self.modules = {spec.name: (spec.out_features, spec.in_features) for spec in specs}
@@ -78,7 +81,10 @@ class Workbench:
     def recipe_of(self, task: str, seed: int, shared: bool) -> dict[str, Any]:
         """Everything that decides the bytes of an adapter."""
         rows = [[e.prompt, e.candidates[e.gold]] for e in self.train_examples(task, seed)]
-        return {
+        # Training rounds otherwise on another kind of device, so its adapters are others.
+        kind = torch.get_default_device().type
+        elsewhere = {} if kind == "cpu" else {"device": kind}
+        return elsewhere | {
             "base": self.digest, "recipe": self.settings.recipe.described(), "seed": seed, "shared": shared,
             "modules": sorted(self.modules), "rows": sha256_hex(canonical_json(rows)),
         }  # fmt: skip
