@@ -25,7 +25,7 @@ class EvidenceRouter(Router):
         first = torch.arange(count) * width
         begun = batch.real & (batch.position > 0)
         spans = Spans(torch.arange(count), first, first + width - 1, batch.sequence, begun)
-        state = EvidenceState(len(self.pool.modules), count, (), len(self.pool))
+        state = EvidenceState(len(self.pool.modules), count, (), len(self.pool), batch.lengths.device)
         self._pass = EvidencePass(state, spans)
         self._allowed = batch.allowed & begun[:, None]
 

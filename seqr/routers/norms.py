@@ -34,8 +34,8 @@ class SquaredNorms:
         factors = r_factors(pool, module)
         if not self._shared:
             return torch.stack([r / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
-        grams = torch.stack([gram(r) / s / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
-        return column_blocks(grams)
+        grams = torch.stack([gram(r) / s / s for r, s in zip(factors, sigma.cpu(), strict=True)]).to(torch.float32)
+        return column_blocks(grams.to(factors.device))
 
 
 def r_factors(pool: AdapterPool, module: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from seqr.bench.paper.workbench import Settings, Workbench
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+RUN_NOTE = "run.json"
 QUICK_TASKS = ("sst2", "ag_news", "dbpedia_14")
 
 
@@ -64,7 +65,7 @@ def paper(
         raise BenchOptionInvalid("--quick and --full exclude each other")
     if workers < 0:
         raise BenchOptionInvalid(f"--workers must not be negative, got {workers}")
-    _check_device(device)
+    used = "" if report_only else _device_name(device)
     from seqr.bench.paper.tasks import known_tasks
     from seqr.bench.paper.workbench import Settings
     from seqr.models import inspect_base_model
@@ -86,18 +87,19 @@ def paper(
     # Before any process is started: what is wrong with data, model or folder is said once.
     data_digest = _check_data(run)
     digest = inspect_base_model(run.model, "attention").digest
-    identity = {"model": digest, "data": data_digest, "device": device.partition(":")[0]}
+    identity = {"model": digest, "data": data_digest} | ({"device": used} if used else {})
     claim_folder(out, identity | asdict(settings))
     if not report_only:
         _work_together(run, count)
     from seqr.bench.paper.report import write_report
 
-    print(f"report: {write_report(bench_of(run), out)}")
+    device_used = json.loads((out / RUN_NOTE).read_bytes()).get("device", "cpu")
+    print(f"report: {write_report(bench_of(run), out, device_used)}")
 
 
 def claim_folder(out: Path, identity: dict[str, Any]) -> None:
     """Make ``out`` the folder of one run, or raise ``BenchFolderTaken``: answers to other questions must not mix."""
-    note, mine = out / "run.json", canonical_json(identity)
+    note, mine = out / RUN_NOTE, canonical_json(identity)
     if not note.exists():
         out.mkdir(parents=True, exist_ok=True)
         note.write_bytes(mine)
@@ -167,7 +169,8 @@ def _model_directory(model: str, cache: Path) -> Path:
     return prepare_base_model(path, cache / "models" / path.stem) if path.is_file() else path
 
 
-def _check_device(device: str) -> None:
+def _device_name(device: str) -> str:
+    """What the report calls a device. Raises ``BenchOptionInvalid`` for one that cannot be used."""
     import torch
 
     try:
@@ -175,6 +178,7 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BenchOptionInvalid(f"--device {device} cannot be used here: {reason}") from None
+    return device if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _check_data(run: Run) -> str:

@@ -5,11 +5,12 @@ it by a random orthogonal matrix in every module, B' = B O. It keeps every singu
 ones and calibrates as they do, but listens to other directions of the shared space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from seqr.bench.paper.evidence_study import RULES, Variant
 from seqr.bench.paper.measuring import Measuring
 from seqr.bench.paper.reading import look_at
 from seqr.bench.paper.routed import with_columns
@@ -44,27 +45,44 @@ def distractors(pool: AdapterPool, numbers: Sequence[int], count: int) -> Adapte
 
 
 def growing_evidence(
-    pool: AdapterPool, public: torch.Tensor, prompts: torch.Tensor, row: torch.Tensor, count: int
-) -> torch.Tensor:
-    """The product's evidence of every prompt for the pool and ``count`` distractors: fp64 [S, N + count].
+    pool: AdapterPool,
+    public: torch.Tensor,
+    prompts: torch.Tensor,
+    row: torch.Tensor,
+    count: int,
+    rules: Mapping[str, Variant],
+) -> dict[str, torch.Tensor]:
+    """Every rule's evidence of every prompt for the pool and ``count`` distractors: fp64 [S, N + count].
 
-    public fp32 [P, M, r] and prompts fp32 [T, M, r]: z = A x on the base model's hidden states.
+    public fp32 [P, M, r] and prompts fp32 [T, M, r]: z = A x on the base model's hidden states; row int64 [T]. Of a
+    rule, its sites and its words count; the statistic is the norm and the clip the product's.
     """
-    total = torch.zeros(int(row.max()) + 1, len(pool) + count, dtype=torch.float64)
+    shape = (int(row.max()) + 1, len(pool) + count)
+    total = {rule: torch.zeros(shape, dtype=torch.float64) for rule in rules}
+    sites = {rule: set(variant.modules(len(pool.modules)).tolist()) for rule, variant in rules.items()}
+    words = {rule: variant.counting(row) for rule, variant in rules.items()}
     for m in range(len(pool.modules)):
         own = torch.linalg.qr(pool.b_t[m].transpose(1, 2).double()).R
         turned = own[torch.arange(count) % len(pool)] @ turns(m, pool.a[m].shape[0], count)
-        grams = gram(torch.cat([own, turned])).to(torch.float32).T.contiguous()
+        grams = gram(torch.cat([own, turned])).to(public.device, torch.float32).T.contiguous()
         calibration = (features(public[:, m]) @ grams).clamp_min(0).sqrt()
         mu, sigma = calibration.mean(0), calibration.std(0, correction=0)
         for rows in torch.split(torch.arange(len(row)), 4096):
             score = ((features(prompts[rows, m]) @ grams).clamp_min(0).sqrt() - mu) / sigma
-            total.index_add_(0, row[rows], score.clamp_(-CLIP, CLIP).double())
-    return total / torch.bincount(row)[:, None].clamp_min(1) / len(pool.modules)
+            score = score.clamp_(-CLIP, CLIP).double()
+            for rule in rules:
+                if m in sites[rule]:
+                    counting = words[rule][rows]
+                    total[rule].index_add_(0, row[rows][counting], score[counting])
+    return {
+        rule: summed / torch.bincount(row[words[rule]], minlength=shape[0])[:, None].clamp_min(1) / len(sites[rule])
+        for rule, summed in total.items()
+    }
 
 
 def distractor_study(measuring: Measuring, seed: int) -> dict[str, Any]:
-    """Own-adapter share and accuracy of prompt evidence, by how many distractors there are; right per row and task."""
+    """Own-adapter share and accuracy of prompt evidence by every rule and by how many distractors there are; right per
+    row and task."""
     bench, rows = measuring.bench, ROWS
     count = bench.settings.distractors
     sizes = [*(step for step in STEPS if step < count), count]
@@ -73,18 +91,22 @@ def distractor_study(measuring: Measuring, seed: int) -> dict[str, Any]:
     public, _ = look_at(bench.model, pool, texts, bench.pad_token, lambda a: a.z)
     examples = [(own, e) for own, task in enumerate(bench.settings.tasks) for e in bench.test_examples(task)[:rows]]
     prompts, row = look_at(bench.model, pool, [e.prompt for _, e in examples], bench.pad_token, lambda a: a.z)
-    value = growing_evidence(pool, public, prompts, row, count)
-    out: dict[str, Any] = {"rows": rows, "sizes": sizes, "tasks": {}}
+    evidence = growing_evidence(pool, public, prompts, row, count, RULES)
+    out: dict[str, Any] = {"rows": rows, "sizes": sizes, "rules": list(RULES), "tasks": {}}
     for own, task in enumerate(bench.settings.tasks):
         mine = [index for index, (column, _) in enumerate(examples) if column == own]
-        columns = {size: value[mine, : len(pool) + size].argmax(1).tolist() for size in sizes}
+        columns = {
+            (rule, size): value[mine, : len(pool) + size].argmax(1).tolist()
+            for rule, value in evidence.items()
+            for size in sizes
+        }
         # A distractor that wins in a small library often wins in a larger one: it answers once.
         pairs = sorted({(row, column) for found in columns.values() for row, column in enumerate(found)})
         answers = dict(zip(pairs, _answers(measuring, seed, task, pairs), strict=True))
-        entry: dict[str, Any] = {}
-        for size, found in columns.items():
+        entry: dict[str, dict[str, Any]] = {rule: {} for rule in RULES}
+        for (rule, size), found in columns.items():
             right = [int(answers[row, column] == examples[mine[row]][1].gold) for row, column in enumerate(found)]
-            entry[str(size)] = {"right": right, "share": sum(column == own for column in found) / len(found)}
+            entry[rule][str(size)] = {"right": right, "share": sum(column == own for column in found) / len(found)}
         out["tasks"][task] = entry
     return out
 

@@ -107,8 +107,13 @@ def chosen(value: torch.Tensor, forbidden: int | None = None, threshold: float |
     return [int(c) for c in column]
 
 
-# The early modules tell tasks apart best where adapters are on the attention Linears.
-EARLY = Variant(sites="first third")
+# Rules by which a whole prompt decides: over all modules and words, over the first third of the modules, where tasks
+# are told apart best, and over its last words, which have seen the most of it.
+RULES: dict[str, Variant] = {
+    "prompt_evidence": Variant(),
+    "early_evidence": Variant(sites="first third"),
+    "late_evidence": Variant(words="last 8"),
+}
 
 ABLATIONS: dict[str, Variant] = {
     "the product's rule": Variant(),

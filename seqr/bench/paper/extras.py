@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from seqr.bench.paper.distractors import distractor_study
-from seqr.bench.paper.evidence_study import ABLATIONS, EARLY, Variant, chosen, evidence
+from seqr.bench.paper.evidence_study import ABLATIONS, RULES, Variant, chosen, evidence
 from seqr.bench.paper.maximising import maximiser_shares
 from seqr.bench.paper.measuring import Measuring
 from seqr.bench.paper.reading import read
@@ -21,10 +21,6 @@ NOISE = (0.0, 0.1, 0.2, 0.5, 1.0)
 NOISE_ROWS = 30
 UNIQUE_ROWS = 40
 THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-
-
-# Rules by which a whole prompt decides: over all modules, and over the first third of them.
-RULES = {"prompt_evidence": Variant(), "early_evidence": EARLY}
 
 
 class Extras:

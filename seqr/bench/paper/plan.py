@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from seqr.bench.paper.extras import RULES, Extras
+from seqr.bench.paper.evidence_study import RULES
+from seqr.bench.paper.extras import Extras
 from seqr.bench.paper.measuring import Measuring
 from seqr.bench.paper.units import Unit
 from seqr.bench.paper.workbench import Workbench

@@ -19,14 +19,15 @@ LABELS = {
     "evidence": "accumulated evidence, one pass", "lorauter": "LORAUTER, K = 3",
     "prompt_evidence": "evidence of the prompt (the default)",
     "early_evidence": "evidence of the prompt, first third of the modules",
+    "late_evidence": "evidence of the prompt's last 8 words",
     "oracle": "oracle: the task's own adapter",
 }  # fmt: skip
 Section = Callable[[Summary], list[str]]
 
 
-def write_report(bench: Workbench, out: Path) -> Path:
-    """Write all three to ``out``; returns the report's path."""
-    summary = Summary(bench)
+def write_report(bench: Workbench, out: Path, device: str) -> Path:
+    """Write all three to ``out``; returns the report's path. device: what the run was measured on, by name."""
+    summary = Summary(bench, device)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(summary.as_json(), indent=1) + "\n", "utf-8")
     figures = write_figures(summary, out)
@@ -50,7 +51,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def _setting(s: Summary) -> list[str]:
     recipe = s.settings.recipe
     told = ("processor", "cores", "memory", "vector instructions", "torch")
-    machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items() if key in told) + ", no GPU used"
+    here = ", ".join(f"{key} {value}" for key, value in describe_machine().items() if key in told)
+    machine = f"{here}, no GPU used" if s.device == "cpu" else f"trained and measured on one {s.device}"
     return [
         f"Base model {s.model_name}; {len(s.tasks)} tasks, {s.settings.train_rows} training and {s.settings.test_rows} "
         f"test rows each, sequences of at most {s.settings.max_tokens} tokens; seeds {list(s.settings.seeds)}. "
@@ -197,21 +199,22 @@ def _large(s: Summary) -> list[str]:
     result = s.extra("distractors")
     if result is None:
         return []
-    start = {t: np.mean(result["tasks"][t][str(result["sizes"][0])]["right"]) for t in s.tasks}
     oracle = s.rights("oracle", s.settings.seeds[0]) or {}
+    best = {t: max(oracle[t][: result["rows"]].mean(), 1e-9) for t in s.tasks}
     rows = []
     for size in map(str, result["sizes"]):
-        entries = [result["tasks"][t][size] for t in s.tasks]
-        percent = [
-            100 * np.mean(e["right"]) / max(oracle[t][: result["rows"]].mean() if t in oracle else start[t], 1e-9)
-            for t, e in zip(s.tasks, entries, strict=True)
-        ]
-        rows.append([size, f"{np.mean(percent):.1f}", f"{np.mean([e['share'] for e in entries]):.3f}"])
+        row = [size]
+        for rule in result["rules"]:
+            entries = [result["tasks"][t][rule][size] for t in s.tasks]
+            percent = [100 * np.mean(e["right"]) / best[t] for t, e in zip(s.tasks, entries, strict=True)]
+            row.append(f"{np.mean(percent):.1f} ({np.mean([e['share'] for e in entries]):.2f})")
+        rows.append(row)
     return [
         "## A library that grows", "",
-        f"Evidence of the prompt on the first {result['rows']} test rows of each task, first seed. Distractors are the "
-        "real adapters turned by random orthogonal matrices: as loud, listening elsewhere.", "",
-        *table(["distractors", "percent of oracle", "own share"], rows),
+        f"The first {result['rows']} test rows of each task, first seed: percent of the oracle, and in brackets the "
+        "share of prompts that got their own adapter. Distractors are the real adapters turned by random orthogonal "
+        "matrices: as loud, listening elsewhere.", "",
+        *table(["distractors", *(LABELS[rule] for rule in result["rules"])], rows),
     ]  # fmt: skip
 
 

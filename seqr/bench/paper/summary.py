@@ -19,6 +19,7 @@ COMPARED = (
     "evidence",
     "lorauter",
     "early_evidence",
+    "late_evidence",
     "prompt_evidence",
     "oracle",
 )
@@ -51,7 +52,8 @@ class Row:
 class Summary:
     """Reads the store of a run; what is missing is left out, never guessed."""
 
-    def __init__(self, bench: Workbench):
+    def __init__(self, bench: Workbench, device: str):
+        self.device = device
         self.settings = bench.settings
         self.tasks = bench.settings.tasks
         self.store = bench.store
@@ -101,8 +103,8 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         """Everything, for ``results.json``."""
         return {
-            "model": self.model_name, "model_digest": self.base_digest, "tasks": list(self.tasks),
-            "seeds": list(self.settings.seeds), "train_rows": self.settings.train_rows,
+            "device": self.device, "model": self.model_name, "model_digest": self.base_digest,
+            "tasks": list(self.tasks), "seeds": list(self.settings.seeds), "train_rows": self.settings.train_rows,
             "test_rows": self.settings.test_rows, "max_tokens": self.settings.max_tokens,
             "recipe": self.settings.recipe.described(), "table3": [vars(row) for row in self.main_table()],
             "table4": self.oracle_scores(), "flops": paper_table(),

@@ -5,19 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqr.bench.paper.evidence_study import Variant, evidence
+from seqr.bench.paper.distractors import distractors, growing_evidence
+from seqr.bench.paper.evidence_study import RULES, Variant, evidence
 from seqr.bench.paper.extras import Extras
 from seqr.bench.paper.measuring import Measuring
-from seqr.bench.paper.reading import read
+from seqr.bench.paper.reading import look_at, read
 from seqr.bench.paper.routed import averaged, run, with_columns
 from seqr.bench.paper.scoring import answers
 from seqr.bench.paper.tasks import Example
 from seqr.bench.paper.training import train_adapter
 from seqr.bench.paper.workbench import Workbench
+from seqr.public_text import public_texts
 from seqr.routers.evidence import PromptEvidenceRouter
 from seqr.routers.interface import Batch
 from seqr.routers.mixture_model import MixtureModel, hidden_states
 from seqr.routers.mu import MuRouter
+from seqr.routers.pool import AdapterPool, LoraFactors
 from seqr.shared_a import draw_a
 
 
@@ -146,3 +149,26 @@ def test_words_are_counted_from_either_end_of_each_prompt() -> None:
     assert Variant(words="without first 2").counting(row).tolist() == [False, False, True, False, False]
     assert Variant(words="last 1").counting(row).tolist() == [False, False, True, False, True]
     assert Variant(words="without last 1").counting(row).tolist() == [True, True, False, True, False]
+
+
+def test_evidence_among_distractors_is_the_rules_own_evidence_of_a_pool_that_has_them(
+    bench: Workbench, measuring: Measuring
+) -> None:
+    """``growing_evidence`` keeps no norms; a pool that holds the distractors, read as any other, says the same."""
+    pool, prompts = bench.pool(0), [e.prompt for e in bench.test_examples("cola")]
+    texts = [bench.tokenizer(text)["input_ids"] for text in public_texts()[:20]]
+    public, _ = look_at(bench.model, pool, texts, bench.pad_token, lambda a: a.z)
+    z, row = look_at(bench.model, pool, prompts, bench.pad_token, lambda a: a.z)
+    got = growing_evidence(pool, public, z, row, 5, RULES)
+
+    made = distractors(pool, range(5), 5)
+    parts = [
+        {m: LoraFactors(one.a[i], one.b_t[i][column].T) for i, m in enumerate(one.modules)}
+        for one in (pool, made)
+        for column in range(len(one))
+    ]
+    grown = AdapterPool({str(number): part for number, part in enumerate(parts)}, pool.modules)
+    statistics = read(bench.model, grown, texts, bench.pad_token).statistics()
+    norms = read(bench.model, grown, prompts, bench.pad_token)
+    for rule, variant in RULES.items():
+        torch.testing.assert_close(got[rule], evidence(norms, statistics, variant), atol=2e-3, rtol=2e-3)
