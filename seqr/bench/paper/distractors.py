@@ -60,7 +60,7 @@ def growing_evidence(
     shape = (int(row.max()) + 1, len(pool) + count)
     total = {rule: torch.zeros(shape, dtype=torch.float64) for rule in rules}
     sites = {rule: set(variant.modules(len(pool.modules)).tolist()) for rule, variant in rules.items()}
-    words = {rule: variant.counting(row) for rule, variant in rules.items()}
+    weights = {rule: variant.weights(row) for rule, variant in rules.items()}
     for m in range(len(pool.modules)):
         own = torch.linalg.qr(pool.b_t[m].transpose(1, 2).double()).R
         turned = own[torch.arange(count) % len(pool)] @ turns(m, pool.a[m].shape[0], count)
@@ -72,12 +72,9 @@ def growing_evidence(
             score = score.clamp_(-CLIP, CLIP).double()
             for rule in rules:
                 if m in sites[rule]:
-                    counting = words[rule][rows]
-                    total[rule].index_add_(0, row[rows][counting], score[counting])
-    return {
-        rule: summed / torch.bincount(row[words[rule]], minlength=shape[0])[:, None].clamp_min(1) / len(sites[rule])
-        for rule, summed in total.items()
-    }
+                    total[rule].index_add_(0, row[rows], score * weights[rule][rows, None])
+    spoken = {rule: torch.zeros(shape[0], dtype=torch.float64).index_add_(0, row, w) for rule, w in weights.items()}
+    return {rule: summed / spoken[rule][:, None] / len(sites[rule]) for rule, summed in total.items()}
 
 
 def distractor_study(measuring: Measuring, seed: int) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Variant:
     statistic: "norm" (||R z||), "log" (its logarithm), "relative" (||R z|| / ||z||); robust: median and MAD instead of
     mean and deviation; clip: bound of a score, None for none; sites: "all", or every how many-th module or which third
     of them counts; per_sequence: the deviation is that of a text's mean instead of a token's; texts: how many of the
-    public texts calibrate; words: "all", or "first 8", "without first 4", "without last 8" of a prompt's tokens.
+    public texts calibrate; words: "all", or "first 8", "without first 4", "without last 8" of a prompt's tokens, or
+    "half-life 4": a word counts half as much as the word 4 places after it.
     """
 
     statistic: str = "norm"
@@ -50,16 +51,18 @@ class Variant:
             return index.chunk(3)[thirds[self.sites]]
         return index[:: int(self.sites.split()[1])]  # "every 4"
 
-    def counting(self, row: torch.Tensor) -> torch.Tensor:
-        """bool [T]: the tokens that count, row int64 [T] being their sequences in order."""
+    def weights(self, row: torch.Tensor) -> torch.Tensor:
+        """fp64 [T]: how much each token counts, row int64 [T] being their sequences in order."""
         if self.words == "all":
-            return torch.ones_like(row, dtype=torch.bool)
+            return torch.ones_like(row, dtype=torch.float64)
         *negated, end, number = self.words.split()
         lengths = torch.bincount(row)
         place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
         from_end = lengths[row] - 1 - place
+        if end == "half-life":
+            return torch.exp2(from_end.double() / -float(number))
         chosen = (place if end == "first" else from_end) < int(number)
-        return ~chosen if negated else chosen
+        return (~chosen if negated else chosen).double()
 
     def calibrated(self, public: Norms) -> Statistics:
         """mu and sigma of the statistic on the public text, fp64 [M, N]."""
@@ -83,17 +86,20 @@ def evidence(
     score = variant.values(norms, torch.float32).sub(mu).div_(sigma).nan_to_num_(-1e9, 1e9, -1e9)
     if variant.clip is not None:
         score = score.clamp_(-variant.clip, variant.clip)
-    counting = variant.counting(norms.row)
     of_token = score[:, variant.modules(score.shape[1])].mean(1, dtype=torch.float64)
-    return row_means(of_token[counting], norms.row[counting], int(norms.row.max()) + 1 if rows is None else rows)
+    return row_means(of_token, norms.row, variant.weights(norms.row), rows)
 
 
-def row_means(values: torch.Tensor, row: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-    """The mean over each sequence's tokens: values [T, ...], row [T] -> [S, ...]."""
+def row_means(
+    values: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | None = None, rows: int | None = None
+) -> torch.Tensor:
+    """The (weighted) mean over each sequence's tokens: values [T, ...], row and weights [T] -> [S, ...]; 0 for none."""
     count = int(row.max()) + 1 if rows is None else rows
-    total = values.new_zeros(count, *values.shape[1:]).index_add_(0, row, values)
-    words = torch.bincount(row, minlength=count).clamp_min(1)
-    return total / words.view(-1, *[1] * (values.dim() - 1))
+    weights = (torch.ones_like(row) if weights is None else weights).to(values.dtype)
+    column = (-1, *[1] * (values.dim() - 1))
+    total = values.new_zeros(count, *values.shape[1:]).index_add_(0, row, values * weights.view(column))
+    words = values.new_zeros(count).index_add_(0, row, weights)
+    return total / torch.where(words > 0, words, 1.0).view(column)
 
 
 def chosen(value: torch.Tensor, forbidden: int | None = None, threshold: float | None = None) -> list[int]:
@@ -108,11 +114,11 @@ def chosen(value: torch.Tensor, forbidden: int | None = None, threshold: float |
 
 
 # Rules by which a whole prompt decides: over all modules and words, over the first third of the modules, where tasks
-# are told apart best, and over its last words, which have seen the most of it.
+# are told apart best, and with more weight on its last words, which have seen the most of it.
 RULES: dict[str, Variant] = {
     "prompt_evidence": Variant(),
     "early_evidence": Variant(sites="first third"),
-    "late_evidence": Variant(words="last 8"),
+    "late_evidence": Variant(words="half-life 4"),
 }
 
 ABLATIONS: dict[str, Variant] = {
@@ -138,6 +144,10 @@ ABLATIONS: dict[str, Variant] = {
     "without a prompt's first 4 tokens": Variant(words="without first 4"),
     "without a prompt's last 8 tokens": Variant(words="without last 8"),
     "only a prompt's last 8 tokens": Variant(words="last 8"),
+    "half-life of 16 tokens": Variant(words="half-life 16"),
+    "half-life of 8 tokens": Variant(words="half-life 8"),
+    "half-life of 4 tokens": Variant(words="half-life 4"),
+    "half-life of 2 tokens": Variant(words="half-life 2"),
     "first third of the modules": Variant(sites="first third"),
     "middle third of the modules": Variant(sites="middle third"),
     "last third of the modules": Variant(sites="last third"),

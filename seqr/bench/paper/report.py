@@ -19,7 +19,7 @@ LABELS = {
     "evidence": "accumulated evidence, one pass", "lorauter": "LORAUTER, K = 3",
     "prompt_evidence": "evidence of the prompt (the default)",
     "early_evidence": "evidence of the prompt, first third of the modules",
-    "late_evidence": "evidence of the prompt's last 8 words",
+    "late_evidence": "evidence of the prompt, half-life of 4 words",
     "oracle": "oracle: the task's own adapter",
 }  # fmt: skip
 Section = Callable[[Summary], list[str]]

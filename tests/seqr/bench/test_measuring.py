@@ -145,10 +145,11 @@ def test_padding_tokens_say_nothing(bench: Workbench) -> None:
 
 def test_words_are_counted_from_either_end_of_each_prompt() -> None:
     row = torch.tensor([0, 0, 0, 1, 1])
-    assert Variant(words="first 2").counting(row).tolist() == [True, True, False, True, True]
-    assert Variant(words="without first 2").counting(row).tolist() == [False, False, True, False, False]
-    assert Variant(words="last 1").counting(row).tolist() == [False, False, True, False, True]
-    assert Variant(words="without last 1").counting(row).tolist() == [True, True, False, True, False]
+    assert Variant(words="first 2").weights(row).tolist() == [True, True, False, True, True]
+    assert Variant(words="without first 2").weights(row).tolist() == [False, False, True, False, False]
+    assert Variant(words="last 1").weights(row).tolist() == [False, False, True, False, True]
+    assert Variant(words="without last 1").weights(row).tolist() == [True, True, False, True, False]
+    assert Variant(words="half-life 1").weights(row).tolist() == [0.25, 0.5, 1, 0.5, 1]
 
 
 def test_evidence_among_distractors_is_the_rules_own_evidence_of_a_pool_that_has_them(
