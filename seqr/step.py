@@ -14,7 +14,7 @@ from seqr.errors import SeqrError
 from seqr.frame import NO_FRAME, Frame
 from seqr.library import Library, PermissionRows
 from seqr.routing import per_token
-from seqr.routing.evidence import EvidencePass, EvidenceState, Spans, Standing
+from seqr.routing.evidence import EvidencePass, EvidenceState, Spans, Standing, recency
 from seqr.routing.groups import Groups
 from seqr.routing.per_token import Gate
 from seqr.routing.scores import choose, scores
@@ -41,6 +41,8 @@ class Segment:
     row: its permission row (0 = nobody); position: the first token's position in its sequence; frame: its positions
     that are no evidence; mode: one of ``MODES``. "per_token" is the paper's; "evidence" gathers while it goes and needs
     a slot where its evidence lives; "prompt_evidence" needs what its prompt said, in a pass of its own: ``standing``.
+    recent: in such a pass, of mode "evidence", the position after the prompt's last word; the words before it weigh by
+    ``recency``. None: all weigh the same.
     """
 
     row: int
@@ -50,6 +52,7 @@ class Segment:
     mode: str = "evidence"
     frame: Frame = NO_FRAME
     standing: Standing | None = None
+    recent: int | None = None
 
 
 class StepContext:
@@ -269,12 +272,15 @@ def _begun(segments: Sequence[Segment], padding: int) -> torch.Tensor:
 
 def _spans(segments: Sequence[Segment], padding: int, slots: int, device: torch.device) -> Spans:
     """Padding, and segments that are routed one by one, are runs of the spare slot that add nothing to it."""
-    runs = [(s.slot if s.mode == "evidence" else slots, s.position, s.length, s.frame) for s in segments]
+    # All words weigh the same where the last one lies before them all.
+    runs = [(s.slot if s.mode == "evidence" else slots, s.position, s.length, s.frame, s.recent or 0) for s in segments]
     if padding:
-        runs.append((slots, 0, padding, NO_FRAME))
-    slot, position, length, head, pause, resume = (
+        runs.append((slots, 0, padding, NO_FRAME, 0))
+    slot, position, length, head, pause, resume, recent = (
         torch.tensor(column)
-        for column in zip(*((s, p, n, max(1, f.head), f.tail.start, f.tail.stop) for s, p, n, f in runs), strict=True)
+        for column in zip(
+            *((s, p, n, max(1, f.head), f.tail.start, f.tail.stop, r) for s, p, n, f, r in runs), strict=True
+        )
     )
     last = length.cumsum(0) - 1
     first = last - length + 1
@@ -282,4 +288,5 @@ def _spans(segments: Sequence[Segment], padding: int, slots: int, device: torch.
     positions = torch.arange(run_of.shape[0]) - first[run_of] + position[run_of]
     counts = (positions >= head[run_of]) & (slot[run_of] != slots)
     counts &= (positions < pause[run_of]) | (positions >= resume[run_of])
-    return Spans(*(t.to(device) for t in (slot, first, last, run_of, counts)))
+    weights = recency(recent[run_of] - 1 - positions) * counts
+    return Spans(*(t.to(device) for t in (slot, first, last, run_of, weights)))

@@ -6,7 +6,7 @@ from seqr.routers.interface import Activation, Batch, Mixture, Router
 from seqr.routers.pool import AdapterPool
 from seqr.routers.seqr import SeqrRouter
 from seqr.routers.statistics import Statistics
-from seqr.routing.evidence import CLIP, GRID, EvidencePass, EvidenceState, Spans
+from seqr.routing.evidence import CLIP, GRID, EvidencePass, EvidenceState, Spans, recency
 from seqr.routing.scores import choose
 
 
@@ -24,7 +24,7 @@ class EvidenceRouter(Router):
         count, width = batch.lengths.shape[0], batch.width
         first = torch.arange(count) * width
         begun = batch.real & (batch.position > 0)
-        spans = Spans(torch.arange(count), first, first + width - 1, batch.sequence, begun)
+        spans = Spans(torch.arange(count), first, first + width - 1, batch.sequence, begun.to(torch.float32))
         state = EvidenceState(len(self.pool.modules), count, (), len(self.pool), batch.lengths.device)
         self._pass = EvidencePass(state, spans)
         self._allowed = batch.allowed & begun[:, None]
@@ -34,8 +34,9 @@ class EvidenceRouter(Router):
 
 
 class PromptEvidenceRouter(Router):
-    """The base model reads the prompt first; the sum over all its words and modules decides for the sequence.
+    """The base model reads the prompt first; the sum over its words and modules decides for the sequence.
 
+    A word counts half as much as the word 4 places after it (``seqr.routing.evidence.recency``).
     clip: bound of one token's score in one module. threshold: the mean score per token and module that the best
     adapter must exceed, or nobody is chosen and the base model speaks; None to choose always. modules: the sites that
     count, by index; None for all.
@@ -60,6 +61,7 @@ class PromptEvidenceRouter(Router):
 
     def begin(self, batch: Batch) -> None:
         super().begin(batch)
+        self._weight = recency(batch.prompts[batch.sequence] - 1 - batch.position) * batch.speaks
         self._sums = torch.zeros(batch.lengths.shape[0], len(self.pool), dtype=torch.float64)
         self._sites = 0
         self._column: torch.Tensor | None = None
@@ -69,14 +71,16 @@ class PromptEvidenceRouter(Router):
             return
         score = self._seqr.scores(activation)
         units = score.nan_to_num(-self._clip, -self._clip, -self._clip).clamp(-self._clip, self._clip)
-        units = (units * GRID).round().to(torch.float64) * self.batch.speaks[:, None]
+        units = (units * (self._weight * GRID)[:, None]).round().to(torch.float64)
         self._sums.index_add_(0, self.batch.sequence, units)
         self._sites += 1
 
     def evidence(self) -> torch.Tensor:
-        """fp64 [S, N]: each sequence's mean clipped score per word and module that has been read."""
-        words = (self.batch.prompts - 1).clamp_min(1)
-        return self._sums / GRID / words[:, None] / max(1, self._sites)
+        """fp64 [S, N]: each sequence's weighted mean of clipped scores over its words and the modules read so far."""
+        count, weight = self.batch.lengths.shape[0], self._weight.to(torch.float64)
+        words = weight.new_zeros(count).index_add_(0, self.batch.sequence, weight)
+        # A prompt of one token has no word, and its sums are 0.
+        return self._sums / GRID / words.clamp_min(1.0)[:, None] / max(1, self._sites)
 
     def mixture(self, activation: Activation) -> Mixture:
         if self._column is None:

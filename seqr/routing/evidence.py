@@ -11,7 +11,8 @@ and cannot be chosen at that module and token.
 
 That is "evidence", in one pass: what is chosen early changes the hidden states that later evidence is read from. In
 "prompt_evidence" the base model reads the whole prompt first, on the hidden states that the adapters were calibrated
-on, and the sum over all modules and all of the prompt's tokens decides for the sequence (``Standing``).
+on, and the sum over all modules and all of the prompt's tokens decides for the sequence (``Standing``). There a word
+counts half as much as the word 4 places after it (``recency``): the last ones have seen the most of the prompt.
 
 All the means of one token have the same divisor t, so the sums are compared instead: the same choice.
 
@@ -21,8 +22,10 @@ their order does not matter: given the scores, one-shot prefill, any chunking an
 bits on every device.
 """
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -31,6 +34,8 @@ from seqr.routing.scores import choose, constant, usable
 
 CLIP = 6.0
 GRID = float(1 << 20)
+HALF_LIFE = 4  # words
+_FORGOTTEN = 120  # 2^-30 of a score of 6 is less than half a unit
 
 
 class EvidenceStale(SeqrError):
@@ -51,6 +56,22 @@ class Standing:
     def row(self, columns: Columns, width: int) -> list[float]:
         """The evidence by column, ``width`` of them; 0 for an adapter that joined since, as for a padding column."""
         return [self.units.get(column, 0.0) for column in columns] + [0.0] * (width - len(columns))
+
+
+@lru_cache(maxsize=1)
+def _decay() -> torch.Tensor:
+    roots = [2.0 ** (-part / HALF_LIFE) for part in range(HALF_LIFE)]
+    weights = [math.ldexp(roots[d % HALF_LIFE], -(d // HALF_LIFE)) for d in range(_FORGOTTEN)]
+    with torch.inference_mode(False):
+        return torch.tensor([*weights, 0.0], dtype=torch.float32, device="cpu")
+
+
+def recency(distance: torch.Tensor) -> torch.Tensor:
+    """2^(-d / 4), the weight of a word d places before a prompt's last: int64 [T] -> fp32 [T].
+
+    0 from d = 120 on, where nothing is left of any score. The last word and whatever follows it weigh 1.
+    """
+    return _decay().to(distance.device)[distance.clamp(0, _FORGOTTEN)]
 
 
 class EvidenceState:
@@ -133,15 +154,16 @@ class EvidenceState:
 class Spans:
     """The sequences of one flat batch of T tokens, as S runs that cover it without gaps.
 
-    slots, first, last int64 [S]: each run's slot and its first and last token; run_of int64 [T]; counts bool [T]: False
-    for silent positions (``seqr.frame.Frame``), for padding and for tokens that gather no evidence.
+    slots, first, last int64 [S]: each run's slot and its first and last token; run_of int64 [T]; weights fp32 [T]: how
+    much each token counts, 0 for silent positions (``seqr.frame.Frame``), for padding and for tokens that gather no
+    evidence, at most 1.
     """
 
     slots: torch.Tensor
     first: torch.Tensor
     last: torch.Tensor
     run_of: torch.Tensor
-    counts: torch.Tensor
+    weights: torch.Tensor
 
 
 class EvidencePass:
@@ -151,16 +173,15 @@ class EvidencePass:
         self._state = state
         self._spans = spans
         self._one_each = spans.slots.shape[0] == spans.run_of.shape[0]
-        counting = spans.counts.to(state.sums.device)
-        self._counting = None if bool(counting.all()) else counting.to(torch.float32)[:, None]
-        self._grid = constant(GRID, torch.float32, state.sums.device)
+        weights = spans.weights.to(state.sums.device)
+        grid = constant(GRID, torch.float32, state.sums.device)
+        # A power of two times a weight is exact, so a score is rounded once, whatever its weight.
+        self._units = grid if bool((weights == 1.0).all()) else (weights * grid)[:, None]
         self._value = state.sums.new_zeros(spans.run_of.shape[0], state.sums.shape[2])
 
     def value(self, module: int, score: torch.Tensor) -> torch.Tensor:
         """Take in a module's score [T, N]; returns t value(l, t) in units of 2^-20, [T, N] fp64, until the next."""
-        units = score.nan_to_num(-CLIP, -CLIP, -CLIP).clamp_(-CLIP, CLIP).mul_(self._grid).round_()
-        if self._counting is not None:
-            units.mul_(self._counting)
+        units = score.nan_to_num(-CLIP, -CLIP, -CLIP).clamp_(-CLIP, CLIP).mul_(self._units).round_()
         return self._value.add_(self._prefix(self._state.sums[module], units))
 
     def route(self, module: int, score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:

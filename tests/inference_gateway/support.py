@@ -236,7 +236,18 @@ class Reference:
     def _value(self, scores: torch.Tensor) -> torch.Tensor:
         if self._mode == "per_token":
             return scores
-        return self._evidence(scores) if self._standing is None else self._standing.expand_as(scores)
+        if self._standing is not None:
+            return self._standing.expand_as(scores)
+        return self._read(scores) if self._mode == "prompt_evidence" else self._evidence(scores)
+
+    def _read(self, scores: torch.Tensor) -> torch.Tensor:
+        """The whole prompt's evidence in the last row, a word counting half as much as the one 4 places after it."""
+        last = scores.shape[0] - 1
+        clipped = scores.clamp(-6, 6) * torch.exp2((torch.arange(last + 1) - last) / 4.0)[:, None]
+        clipped[0] = 0
+        whole = clipped.sum(0).expand_as(scores)
+        self._sum = whole if self._sum is None else self._sum + whole
+        return self._sum
 
     def _note_margin(self, value: torch.Tensor) -> None:
         """How near the nearest choice so far was to another one; exact ties, as at position 0, are not near."""

@@ -5,8 +5,8 @@ import torch
 
 from seqr.frame import Frame
 from seqr.library import Library, PermissionRows
-from seqr.routing.evidence import EvidenceState, Standing
-from seqr.routing.reference import reference_choice, reference_evidence, reference_score
+from seqr.routing.evidence import GRID, EvidenceState, Standing
+from seqr.routing.reference import reference_choice, reference_score, reference_standing
 from seqr.step import Segment, StepContext, StepMismatch, running
 from tests.seqr.strategies import broken, toy_adapter, toy_library, toy_plan
 
@@ -20,11 +20,21 @@ def some_z(tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(MODULES, tokens, PLAN.rank, generator=torch.Generator().manual_seed(seed))
 
 
+def scores_of(z: torch.Tensor) -> list[list[list[float]]]:
+    """The scores of ``LIBRARY`` by module, token and adapter."""
+    adapters = [toy_adapter(PLAN, sum(silo.encode()) * 7919) for silo in LIBRARY.silos]
+    return [
+        [[reference_score(p.r, p.mu, p.sigma, t) for p in (a.modules[spec.name] for a in adapters)] for t in z[module]]
+        for module, spec in enumerate(PLAN.modules)
+    ]
+
+
 def read(z: torch.Tensor, library: Library = LIBRARY, frame: Frame | None = None, cut: int | None = None) -> Standing:
     """What a prompt with these z says, read in one chunk or in two."""
     rows, state = PermissionRows(library), EvidenceState(MODULES, 1, library.columns, library.width)
+    recent = frame.tail.start if frame else z.shape[1]
     for start, end in [(0, z.shape[1])] if cut is None else [(0, cut), (cut, z.shape[1])]:
-        step = StepContext(rows, [Segment(0, start, end - start, 0, frame=frame or Frame())], state)
+        step = StepContext(rows, [Segment(0, start, end - start, 0, frame=frame or Frame(), recent=recent)], state)
         with running(step):
             for module in range(MODULES):
                 assert bool((step.choose(module, z[module, start:end]) == -1).all())
@@ -45,14 +55,20 @@ def settled(standing: Standing, permitted: frozenset[str], library: Library = LI
 @pytest.mark.parametrize("permitted", [SILOS, frozenset("bd"), frozenset("c"), frozenset()])
 def test_the_permitted_silo_with_the_most_evidence_shapes_every_token(seed: int, permitted: frozenset[str]) -> None:
     z = some_z(9, seed)
-    adapters = [toy_adapter(PLAN, sum(silo.encode()) * 7919) for silo in LIBRARY.silos]
-    table = [
-        [[reference_score(p.r, p.mu, p.sigma, t) for p in (a.modules[spec.name] for a in adapters)] for t in z[module]]
-        for module, spec in enumerate(PLAN.modules)
-    ]
-    last = reference_evidence(table)[-1][-1]
-    expected = reference_choice(last, [silo in permitted for silo in LIBRARY.silos])
+    expected = reference_choice(reference_standing(scores_of(z)), [silo in permitted for silo in LIBRARY.silos])
     assert settled(read(z), permitted) == [expected]
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 40, 300])
+def test_a_word_counts_half_as_much_as_the_word_four_places_after_it(tokens: int) -> None:
+    z = some_z(tokens, 11)
+    got = [units / GRID for units in read(z).row(LIBRARY.columns, 4)]
+    assert got == pytest.approx(reference_standing(scores_of(z)), abs=1e-4 * MODULES)
+
+
+def test_in_a_chat_the_last_word_is_the_one_before_the_frames_end() -> None:
+    z = some_z(12, 12)
+    assert read(z, frame=Frame(1, range(9, 12))) == read(z[:, :9])
 
 
 @pytest.mark.parametrize("cut", [1, 4, 8])

@@ -1,7 +1,8 @@
 """Which adapter a whole prompt speaks for, by any variant of accumulated evidence, from stored norms.
 
-The product's rule is the default variant: the mean over words and modules of (norm - mu) / sigma, mu and sigma from
-public text, clipped to [-6, 6]; ``seqr.routers.evidence.PromptEvidenceRouter`` is the same in the forward pass.
+The product's rule is the default variant: the mean over modules and words of (norm - mu) / sigma, mu and sigma from
+public text, clipped to [-6, 6], a word counting half as much as the one 4 places after it;
+``seqr.routers.evidence.PromptEvidenceRouter`` is the same in the forward pass.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from seqr.bench.paper.reading import Norms
 from seqr.routers.statistics import Statistics
-from seqr.routing.evidence import CLIP
+from seqr.routing.evidence import CLIP, HALF_LIFE
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Variant:
     sites: str = "all"
     per_sequence: bool = False
     texts: int | None = None
-    words: str = "all"
+    words: str = f"half-life {HALF_LIFE}"
 
     def values(self, norms: Norms, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The statistic of every token, module and adapter: [T, M, N]."""
@@ -113,16 +114,24 @@ def chosen(value: torch.Tensor, forbidden: int | None = None, threshold: float |
     return [int(c) for c in column]
 
 
-# Rules by which a whole prompt decides: over all modules and words, over the first third of the modules, where tasks
-# are told apart best, and with more weight on its last words, which have seen the most of it.
+# Rules by which a whole prompt decides: the product's; with all words alike; and over the first third of the modules,
+# where tasks are told apart best.
 RULES: dict[str, Variant] = {
     "prompt_evidence": Variant(),
-    "early_evidence": Variant(sites="first third"),
-    "late_evidence": Variant(words="half-life 4"),
+    "even_evidence": Variant(words="all"),
+    "early_evidence": Variant(words="all", sites="first third"),
 }
 
 ABLATIONS: dict[str, Variant] = {
     "the product's rule": Variant(),
+    "all words alike": Variant(words="all"),
+    "half-life of 2 words": Variant(words="half-life 2"),
+    "half-life of 8 words": Variant(words="half-life 8"),
+    "half-life of 16 words": Variant(words="half-life 16"),
+    "only a prompt's last 8 words": Variant(words="last 8"),
+    "all alike without its last 8": Variant(words="without last 8"),
+    "only its first 8": Variant(words="first 8"),
+    "only its first 16": Variant(words="first 16"),
     "clip 1": Variant(clip=1.0),
     "clip 2": Variant(clip=2.0),
     "clip 3": Variant(clip=3.0),
@@ -139,15 +148,6 @@ ABLATIONS: dict[str, Variant] = {
     "every 2nd module": Variant(sites="every 2"),
     "every 4th module": Variant(sites="every 4"),
     "every 16th module": Variant(sites="every 16"),
-    "a prompt's first 8 tokens": Variant(words="first 8"),
-    "a prompt's first 16 tokens": Variant(words="first 16"),
-    "without a prompt's first 4 tokens": Variant(words="without first 4"),
-    "without a prompt's last 8 tokens": Variant(words="without last 8"),
-    "only a prompt's last 8 tokens": Variant(words="last 8"),
-    "half-life of 16 tokens": Variant(words="half-life 16"),
-    "half-life of 8 tokens": Variant(words="half-life 8"),
-    "half-life of 4 tokens": Variant(words="half-life 4"),
-    "half-life of 2 tokens": Variant(words="half-life 2"),
     "first third of the modules": Variant(sites="first third"),
     "middle third of the modules": Variant(sites="middle third"),
     "last third of the modules": Variant(sites="last third"),

@@ -18,8 +18,8 @@ LABELS = {
     "seqr": "SEQR per token (the paper)", "seqr_public": "SEQR per token, public mu and sigma",
     "evidence": "accumulated evidence, one pass", "lorauter": "LORAUTER, K = 3",
     "prompt_evidence": "evidence of the prompt (the default)",
-    "early_evidence": "evidence of the prompt, first third of the modules",
-    "late_evidence": "evidence of the prompt, half-life of 4 words",
+    "even_evidence": "evidence of the prompt, all words alike",
+    "early_evidence": "the same, first third of the modules",
     "oracle": "oracle: the task's own adapter",
 }  # fmt: skip
 Section = Callable[[Summary], list[str]]

@@ -18,8 +18,8 @@ COMPARED = (
     "seqr_public",
     "evidence",
     "lorauter",
+    "even_evidence",
     "early_evidence",
-    "late_evidence",
     "prompt_evidence",
     "oracle",
 )

@@ -34,7 +34,7 @@ def cpu_pass(
     last = torch.tensor(lengths).cumsum(0) - 1
     first = last - torch.tensor(lengths) + 1
     spans = Spans(torch.tensor(slots), first, last, torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
-                  counts.bool())  # fmt: skip
+                  counts.float())  # fmt: skip
     a_pass, choices, value = EvidencePass(state, spans), [], sums
     for module in range(MODULES):
         z = world.z[:, module * world.rank : (module + 1) * world.rank].cpu().contiguous()

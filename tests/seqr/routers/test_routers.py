@@ -197,6 +197,7 @@ def test_evidence_of_the_prompt_sums_its_words_alone_and_holds_for_the_whole_seq
     got = chosen(router, pool, batch, xs)
     for sequence, length in enumerate((9, 7)):
         words = [sequence * 9 + position for position in range(1, length - 3)]
+        weights = [0.5 ** ((words[-1] - t) / 4) for t in words] * 2
         sums = []
         for i in range(len(pool)):
             scores = [
@@ -205,7 +206,8 @@ def test_evidence_of_the_prompt_sums_its_words_alone_and_holds_for_the_whole_seq
                 for module in range(2)
                 for t in words
             ]
-            sums.append(sum(max(-CLIP, min(CLIP, score)) for score in scores) / len(scores))
+            clipped = [max(-CLIP, min(CLIP, score)) for score in scores]
+            sums.append(sum(w * score for w, score in zip(weights, clipped, strict=True)) / sum(weights))
         expected_sums = torch.tensor(sums, dtype=torch.float64)
         torch.testing.assert_close(router.evidence()[sequence], expected_sums, rtol=0, atol=1e-4)
         best = reference_choice(sums, [True] * len(pool))
