@@ -67,7 +67,8 @@ class RoutedSite(nn.Module):
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda":
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Before W x: its few small programs would else wait until all of W x has begun.
+            self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., outputs of all modules side by side]."""
