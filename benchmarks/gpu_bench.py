@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.gpu import checks, layers, memory, routing_grid, serving
+from benchmarks.gpu import checks, kernels, layers, memory, routing_grid, serving
 
 
 def arguments() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--libraries", type=int, nargs="+", default=[16, 64, 1024])
     parser.add_argument("--seconds", type=float, default=540.0, help="the grid stops in time for this")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
-    parser.add_argument("--only", nargs="+", choices=["checks", "decode", "prefill", "memory", "grid"])
+    parser.add_argument("--only", nargs="+", choices=["checks", "kernels", "decode", "prefill", "memory", "grid"])
     return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ def main() -> int:
     report.section("checks", lambda: check(report, device, args.interpret))
     with torch.inference_mode():
         stack: list[layers.Layer] = []
-        if not args.only or {"decode", "prefill"} & set(args.only):
+        if not args.only or {"kernels", "decode", "prefill"} & set(args.only):
             if not args.interpret:
                 report.data["small ops"] = layers.compile_small_ops(shapes, device)
             stack = [layers.Layer(shapes, index, device) for index in range(shapes.layers)]
@@ -110,6 +110,7 @@ def main() -> int:
             ))  # fmt: skip
 
         contexts = [context for context in (args.context, args.short_context) if context]
+        report.section("kernels", lambda: profile(shapes, stack, args, device))
         report.section("decode", lambda: [row for c in contexts for row in decode(c, c == args.context)])
         report.section("prefill", prefill)
         stack.clear()
@@ -140,6 +141,24 @@ def check(report: Report, device: torch.device, interpret: bool) -> list[dict[st
         if not one.passed:
             report.fail(f"check {one.name}: {one.detail}")
     report.tell(f"checks: {sum(one['passed'] for one in found)} of {len(found)} passed")
+    return found
+
+
+def profile(
+    shapes: layers.Shapes, stack: list[layers.Layer], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for adapters in {args.libraries[0], args.libraries[-1]}:
+        for what, tokens, context in (("decode", args.tokens, args.context), ("prefill", args.prefill, 0)):
+            name, in_a_row = f"{what} {tokens} N={adapters}", 1 if args.interpret else 20
+            taken = kernels.alone(shapes, tokens, not context, adapters, device, in_a_row, 1 if args.interpret else 5)
+            print(f"alone, us: {name}: " + ", ".join(f"{call} {us:.1f}" for call, us in taken.items()), flush=True)
+            lines = kernels.timelines(shapes, stack, tokens, context, adapters, device)
+            for way, launches in lines.items():
+                print(f"in the graph, us: {name} {way}: {kernels.summary(launches)}")
+                if context:
+                    print(f"  second layer: {kernels.middle_layer(launches, shapes.layers)}", flush=True)
+            found[name] = {"alone us": taken, "launches": {way: [asdict(x) for x in got] for way, got in lines.items()}}
     return found
 
 

@@ -66,7 +66,8 @@ def compiling(seen: dict[bytes, str], faults: list[str]) -> Callable[[Any, Any],
                     [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
                 )
             registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
-            counts = {word: ptx.count(word) for word in ("wgmma.mma", "mma.sync", "fma.rn.f32", "sqrt.rn", "tf32")}
+            words = ("wgmma.mma", "mma.sync", "cp.async.c", "bar.sync", "fma.rn.f32", "sqrt.rn", "tf32")
+            counts = {word: ptx.count(word) for word in words}
             sizes = f"registers {registers:>3} stack {stack:>3} shared {made.metadata.shared:6}"
             print(f"{kernel.__name__:24} {sizes} {counts}", flush=True)
             if int(stack) or counts["tf32"]:

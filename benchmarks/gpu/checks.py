@@ -60,9 +60,12 @@ def _project(s: Sizes, device: torch.device) -> Iterator[Check]:
         "z: within its bound", bool((error <= bound * size).all()), f"{_relative(whole[0], exact):.1e} relative"
     )
     _, z = stacked_product(x, stack_weight(torch.zeros(16, s.inputs, dtype=torch.bfloat16, device=device), a), 48)
-    yield Check(
-        "z stacked under W", _relative(z.double().sum(0), exact) < 2e-6, f"{_relative(z.double().sum(0), exact):.1e}"
-    )
+    z, bound = z.double().sum(0), (s.inputs + 3) * 2 * UNIT
+    # The library adds n / 16 products of 16 terms to one running sum, each cut off at 2^-23 of it: on random x, whose
+    # sum grows, that is the most the norm can be off. A z that had been bf16 on its way would be off by 1e-3.
+    off, most = _relative(z, exact), s.inputs / 16 * 2 * UNIT
+    fine = off < most and bool(((z - exact).abs() <= bound * size).all())
+    yield Check("z stacked under W", fine, f"{off:.1e} relative, at most {most:.1e}")
     same = True
     cuts = [(0, 1), (0, s.tokens)]
     if device.type == "cuda":
@@ -123,7 +126,7 @@ def _evidence(s: Sizes, rank: int, device: torch.device) -> Iterator[Check]:
     off = float((ran - stepped).abs().max())
     yield Check("evidence: prefill = decode bit for bit", same, f"largest difference {off:.0f} units")
     units = torch.zeros(modules, width, dtype=torch.float64, device=device)
-    first, second = (pair.long() for pair in tables.pairs)
+    first, second = torch.triu_indices(rank, rank, device=device)
     for m in range(modules):
         own = z[0, :, m * rank : (m + 1) * rank].double()
         columns = gram[m].transpose(0, 1).reshape(gram.shape[2], width).double()

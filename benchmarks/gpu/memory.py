@@ -77,7 +77,7 @@ def pinned(shapes: Shapes, adapters: int, tokens: int, device: torch.device) -> 
     if device.type != "cuda":
         return "not on a CPU"
     host = SiteTables(
-        table.rank, table.outputs, table.gram, table.offset, table.pairs, table.b_t.cpu().pin_memory(), table.blocks,
+        table.rank, table.outputs, table.gram, table.offset, table.b_t.cpu().pin_memory(), table.blocks,
         table.span,
     )  # fmt: skip
     z = torch.randn(1, tokens, table.modules * table.rank, device=device)

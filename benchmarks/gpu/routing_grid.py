@@ -68,8 +68,12 @@ def _methods(
     r = random_r(1, n_adapters, rank, device)
     mask = torch.ones(tokens, n_adapters, dtype=torch.bool, device=device)
     low = torch.tensor(-torch.inf, device=device)
+    # One random tensor for all who keep r x n numbers per adapter, as all methods are alive at once.
+    spectrum = x.new_empty(0, rank, inputs, dtype=torch.float32)
+    if {"lag", "spectr", "naive"} & set(fits):
+        spectrum = torch.empty(n_adapters, rank, inputs, device=device).normal_()
     for method in fits:
-        score = _ours(x, a, r) if method == "ours" else _peer(method, x, a, r)
+        score = _ours(x, a, r) if method == "ours" else _peer(method, x, a, r, spectrum)
 
         def exactly(score: Callable[[], torch.Tensor] = score, ours: bool = method == "ours") -> object:
             with ExactFp32(device.type), torch.inference_mode():
@@ -93,27 +97,22 @@ def _ours(x: torch.Tensor, a: torch.Tensor, r: torch.Tensor) -> Callable[[], tor
     return choice
 
 
-def _peer(method: str, x: torch.Tensor, a: torch.Tensor, r: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """score [T, N]. ARROW's, SPECTR's and LAG's vectors are random: their time does not depend on them."""
+def _peer(
+    method: str, x: torch.Tensor, a: torch.Tensor, r: torch.Tensor, spectrum: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """score [T, N]. ARROW's, SPECTR's, LAG's and naive's weights are random: their time does not depend on them."""
     adapters, rank, inputs = r.shape[1], r.shape[2], x.shape[1]
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=x.device).normal_()
-
     if method == "stacked":
         stacked = r[0].reshape(adapters * rank, rank)
         return lambda: _norms((x.float() @ a.T) @ stacked.T, adapters)
-    if method == "arrow":
-        arrow = random(adapters, inputs)
-        return lambda: torch.abs(x.float() @ arrow.T)
     if method == "naive":
-        b = random(adapters, inputs, rank)
-        return lambda: _naive(x.float() @ a.T, b)
-    spectrum = random(adapters, rank, inputs)
+        return lambda: _naive(x.float() @ a.T, spectrum.view(adapters, inputs, rank))
     if method == "spectr":
         return lambda: _norms(x.float() @ spectrum.view(-1, inputs).T, adapters)
-    first = spectrum[:, 0].contiguous()
-    return lambda: _lag(x.float(), first, spectrum)
+    arrow = torch.empty(adapters, inputs, device=x.device).normal_()
+    if method == "arrow":
+        return lambda: torch.abs(x.float() @ arrow.T)
+    return lambda: _lag(x.float(), arrow, spectrum)
 
 
 def _norms(hidden: torch.Tensor, n_adapters: int) -> torch.Tensor:

@@ -3,10 +3,22 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured graph with what it ran: a graph holds addresses, so that ``run``'s tensors must live as long."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Run
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def captured(run: Run, device: torch.device) -> Run:
@@ -23,7 +35,7 @@ def captured(run: Run, device: torch.device) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    return Replay(graph, run)
 
 
 def interleaved(runs: Mapping[str, Run], device: torch.device, rounds: int, repeat: int = 1) -> dict[str, float]:

@@ -36,21 +36,21 @@ def route_evidence(
     z_sum = summed(z, blocks)
     found = Candidates.empty(tables.modules, tokens, blocks, torch.float64, z.device)
     _evidence_kernel[(triton.cdiv(tokens, tile), blocks)](
-        z, z_sum, tables.gram, tables.offset, tables.pairs, bits, row, slot, counts, sums, value,
-        found.value, found.column, tokens, blocks, bits.shape[0], sums.stride(0), z.stride(0), z.stride(1),
-        PARTS=z.shape[0], MODULES=tables.modules, RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
-        FEATURES=tables.features, FEATURE_STEP=16, TILE=tile, FIRST=first, num_warps=4,
+        z, z_sum, tables.gram, tables.offset, bits, row, slot, counts, sums, value, found.value, found.column, tokens,
+        blocks, bits.shape[0], sums.stride(0), z.stride(0), z.stride(1), PARTS=z.shape[0], MODULES=tables.modules,
+        RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank), TILE=tile, FIRST=first,
+        num_warps=8 if tables.rank <= 16 else 4,
     )  # fmt: skip
     return found, z_sum[:1]
 
 
 @triton.jit
 def _evidence_kernel(
-    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", bits: "Pointer",
-    row: "Pointer", slot: "Pointer", counts: "Pointer", sums: "Pointer", value: "Pointer", best_value: "Pointer",
+    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", bits: "Pointer", row: "Pointer",
+    slot: "Pointer", counts: "Pointer", sums: "Pointer", value: "Pointer", best_value: "Pointer",
     best_column: "Pointer", tokens: int, blocks: int, rows: int, sums_stride: int, part_stride: int, token_stride: int,
-    PARTS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, FEATURES: tl.constexpr,
-    FEATURE_STEP: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
+    PARTS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of tokens and one block of adapters, through all modules: value stays in registers between them."""
     block = tl.program_id(1)
@@ -58,6 +58,7 @@ def _evidence_kernel(
     live = token < tokens
     width = blocks * ADAPTER_BLOCK
     COLUMNS: tl.constexpr = MODULES * RANK
+    FEATURES: tl.constexpr = RANK * (RANK + 1) // 2
     if PARTS > 1:
         z = z_sum + block.to(tl.int64) * tokens * COLUMNS
         z_stride = COLUMNS
@@ -80,12 +81,13 @@ def _evidence_kernel(
     else:
         total = tl.load(own_value, mask=live[:, None], other=0.0)
     for module in tl.static_range(MODULES):
+        # Asked for before the score, which takes as long as the load.
+        gathered = tl.load(own_sums + module * sums_stride, mask=live[:, None], other=0.0)
         score = score_tile(
-            z + module * RANK, z_stride, gram + module * blocks * FEATURES * ADAPTER_BLOCK,
-            offset + module * width, pairs, token, live, block, FEATURES, FEATURE_STEP,
+            z + module * RANK, z_stride, gram + module * blocks * FEATURES * ADAPTER_BLOCK, offset + module * width,
+            token, live, block, RANK,
         )  # fmt: skip
         usable = usable_tile(score)
-        gathered = tl.load(own_sums + module * sums_stride, mask=live[:, None], other=0.0)
         gathered += tl.where(adds[:, None], units_tile(score, usable), 0.0).to(tl.float64)
         tl.store(own_sums + module * sums_stride, gathered, mask=adds[:, None])
         total += gathered

@@ -80,8 +80,8 @@ def route_evidence_runs(
     found = Candidates.empty(modules, tokens, blocks, torch.float64, device)
     warps = 8 if size >= 64 else 4
     _units_kernel[(count, blocks, modules)](
-        z, tables.gram, tables.offset, tables.pairs, chunks.chunk, counts, units, totals, tokens, count, blocks,
-        z.stride(1), RANK=tables.rank, FEATURES=tables.features, FEATURE_STEP=16, TILE=size, num_warps=4,
+        z, tables.gram, tables.offset, chunks.chunk, counts, units, totals, tokens, count, blocks, z.stride(1),
+        RANK=tables.rank, TILE=min(size, 32), TILES=triton.cdiv(size, 32), num_warps=4,
     )  # fmt: skip
     _carry_kernel[(chunks.run.shape[1], blocks, modules)](
         totals, chunks.run, sums, before, chunks.run.shape[1], count, blocks, sums.stride(0), STEP=16, num_warps=4
@@ -95,29 +95,35 @@ def route_evidence_runs(
 
 @triton.jit
 def _units_kernel(
-    z: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", chunk: "Pointer", counts: "Pointer",
-    units: "Pointer", totals: "Pointer", tokens: int, chunks: int, blocks: int, token_stride: int, RANK: tl.constexpr,
-    FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr, TILE: tl.constexpr,
+    z: "Pointer", gram: "Pointer", offset: "Pointer", chunk: "Pointer", counts: "Pointer", units: "Pointer",
+    totals: "Pointer", tokens: int, chunks: int, blocks: int, token_stride: int, RANK: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr,
 ) -> None:  # fmt: skip
     """units[m, t, n] and totals[m, c, n] = the sum over c's tokens, for one chunk, block and module."""
     c = tl.program_id(0)
     block = tl.program_id(1)
     module = tl.program_id(2)
-    step = tl.arange(0, TILE)
-    token = tl.load(chunk + c) + step
-    live = step < tl.load(chunk + chunks + c)
+    FEATURES: tl.constexpr = RANK * (RANK + 1) // 2
+    first = tl.load(chunk + c)
+    length = tl.load(chunk + chunks + c)
     width = blocks * ADAPTER_BLOCK
     column = block * ADAPTER_BLOCK + tl.arange(0, ADAPTER_BLOCK)
-    score = score_tile(
-        z + module * RANK, token_stride, gram + module * blocks * FEATURES * ADAPTER_BLOCK, offset + module * width,
-        pairs, token, live, block, FEATURES, FEATURE_STEP,
-    )  # fmt: skip
-    usable = usable_tile(score)
-    adds = live & (tl.load(counts + token, mask=live, other=0) != 0)
-    unit = tl.where(adds[:, None], units_tile(score, usable), 0.0).to(tl.int32)
-    at = units + (module * tokens + token).to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(at, tl.where(usable, unit, unit - _UNUSABLE), mask=live[:, None])
-    tl.store(totals + (module * chunks + c).to(tl.int64) * width + column, tl.sum(unit, 0))
+    total = tl.zeros([ADAPTER_BLOCK], tl.int32)
+    for tile in range(TILES):
+        step = tile * TILE + tl.arange(0, TILE)
+        token = first + step
+        live = step < length
+        score = score_tile(
+            z + module * RANK, token_stride, gram + module * blocks * FEATURES * ADAPTER_BLOCK, offset + module * width,
+            token, live, block, RANK,
+        )  # fmt: skip
+        usable = usable_tile(score)
+        adds = live & (tl.load(counts + token, mask=live, other=0) != 0)
+        unit = tl.where(adds[:, None], units_tile(score, usable), 0.0).to(tl.int32)
+        at = units + (module * tokens + token).to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(at, tl.where(usable, unit, unit - _UNUSABLE), mask=live[:, None])
+        total += tl.sum(unit, 0)
+    tl.store(totals + (module * chunks + c).to(tl.int64) * width + column, total)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from seqr.kernels.group import DeviceGroups
 from seqr.kernels.numbers import Pointer, exact_dot, rounded
 from seqr.kernels.tables import SiteTables
 
-# Four programs for each of an H200's 132 multiprocessors.
-_PROGRAMS = 528
+# Eight programs for each of an H200's 132 multiprocessors, per module: those with less to do leave room to the others.
+_PROGRAMS = 1056
 
 
 def expand_tokens(
@@ -52,21 +52,22 @@ def _expand_tokens_kernel(
     module = tl.load(blocks + block)
     column = tl.load(blocks + count + block) + tl.arange(0, BLOCK)
     inside = column < tl.load(blocks + 2 * count + block)
+    k = tl.arange(0, RANK_PADDED)
+    own = k < RANK
+    # What does not depend on the choice is asked for first.
+    base = tl.load(source + token * source_stride + column, mask=inside, other=0.0).to(tl.float32)
+    own_z = tl.zeros([RANK_PADDED], tl.float32)
+    for part in tl.static_range(PARTS):
+        own_z += tl.load(z + part * part_stride + token * token_stride + module * RANK + k, mask=own, other=0.0)
     one = tl.arange(0, 1)
     at = module.to(tl.int64) * module_stride + token * SPLITS + one
     adapter = tl.sum(best_of(best_value, best_column, at, one == 0, SPLITS, SPLITS_PADDED), 0)
+    at_b = b_t + (adapter.to(tl.int64) * RANK + k)[:, None] * OUTPUTS + column[None, :]
+    b = tl.load(at_b, mask=own[:, None] & inside[None, :] & (adapter >= 0), other=0.0).to(tl.float32)
     if RECORD:
         tl.store(record + module * tokens + token, adapter, mask=tl.load(span + module) == block)
     if IN_PLACE:
         inside = inside & (adapter >= 0)
-    k = tl.arange(0, RANK_PADDED)
-    own = k < RANK
-    own_z = tl.zeros([RANK_PADDED], tl.float32)
-    for part in range(PARTS):
-        own_z += tl.load(z + part * part_stride + token * token_stride + module * RANK + k, mask=own, other=0.0)
-    at_b = b_t + (adapter.to(tl.int64) * RANK + k)[:, None] * OUTPUTS + column[None, :]
-    b = tl.load(at_b, mask=own[:, None] & inside[None, :] & (adapter >= 0), other=0.0).to(tl.float32)
-    base = tl.load(source + token * source_stride + column, mask=inside, other=0.0).to(tl.float32)
     sum = base + tl.sum(own_z[:, None] * b, 0)
     # b is 0 where nobody was chosen, but z need not be finite there, and 0 times infinity is no 0.
     sum = tl.where(adapter >= 0, sum, base)
@@ -81,7 +82,7 @@ def expand_groups(y: torch.Tensor, z: torch.Tensor, tables: SiteTables, groups: 
     """
     blocks_each = SiteTables.BLOCK // 128
     most = groups.adapter.shape[1] * tables.blocks.shape[1] * blocks_each
-    _expand_groups_kernel[(min(most, _PROGRAMS // tables.modules), tables.modules)](
+    _expand_groups_kernel[(min(most, _PROGRAMS), tables.modules)](
         y, z, tables.b_t, tables.blocks, tables.span, groups.token, groups.adapter, groups.used, y.shape[0],
         tables.blocks.shape[1], groups.adapter.shape[1], y.stride(0), z.stride(1), OUTPUTS=tables.b_t.shape[2],
         RANK=tables.rank, RANK_PADDED=max(16, triton.next_power_of_2(tables.rank)), TILE=groups.tile,
@@ -110,6 +111,10 @@ def _expand_groups_kernel(
         token = tl.load(sorted + group * TILE + tl.arange(0, TILE))
         live = token < tokens
         row = token.to(tl.int64)
+        mask = live[:, None] & inside[None, :]
+        at_y = y + row[:, None] * y_stride + column[None, :]
+        # Asked for first: most of what is read, and the last to be needed.
+        base = tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
         at_z = z + row[:, None] * token_stride + (module * RANK + k)[None, :]
         own_z = tl.load(at_z, mask=live[:, None] & own[None, :], other=0.0)
         at_b = b_t + (tl.load(block_adapter + group).to(tl.int64) * RANK + k)[:, None] * OUTPUTS + column[None, :]
@@ -119,7 +124,4 @@ def _expand_groups_kernel(
             sum = exact_dot(own_z, b, sum)
         else:
             sum = tl.dot(own_z, b.to(tl.float32), sum, input_precision="ieee")
-        at_y = y + row[:, None] * y_stride + column[None, :]
-        mask = live[:, None] & inside[None, :]
-        sum += tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at_y, rounded(sum, y.dtype.element_ty), mask=mask)
+        tl.store(at_y, rounded(base + sum, y.dtype.element_ty), mask=mask)

@@ -44,10 +44,16 @@ def bf16_dot(a: "Tile", b: "Tile", sum: "Tile") -> Tile:
 
 
 @triton.jit
-def exact_dot(a: "Tile", b: "Tile", sum: "Tile") -> Tile:
-    """``sum`` + a b for a [M, K] fp32 and b [K, N] bf16, with exact products: a is the sum of three bf16 numbers."""
+def bf16_terms(a: "Tile") -> tuple[Tile, Tile, Tile]:
+    """fp32 ``a`` as the sum of three bf16 tiles, largest first: exact unless near underflow; NaN where not finite."""
     high = rounded(a, tl.bfloat16)
     rest = a - high.to(tl.float32)
     middle = rounded(rest, tl.bfloat16)
-    low = rounded(rest - middle.to(tl.float32), tl.bfloat16)
+    return high, middle, rounded(rest - middle.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def exact_dot(a: "Tile", b: "Tile", sum: "Tile") -> Tile:
+    """``sum`` + a b for a [M, K] fp32 and b [K, N] bf16, with exact products."""
+    high, middle, low = bf16_terms(a)
     return bf16_dot(high, b, bf16_dot(middle, b, bf16_dot(low, b, sum)))

@@ -10,6 +10,8 @@ from seqr.kernels.numbers import Pointer, bf16_dot
 
 TERMS = 3
 TOKEN_TILE = 64
+# Up to here the parts of the sum are left to the reader: few tiles of tokens would leave most of a card idle.
+PARTS_TOKENS = 1024
 _STEP = 64
 _MAX_PARTS = 32
 
@@ -53,9 +55,10 @@ def part_length(inputs: int) -> int:
 def project(x: torch.Tensor, a: Projection, parts: bool | None = None) -> torch.Tensor:
     """sum over p of z[p, t, c] = sum over j of A[c, j] x[t, j]
 
-    x [T, n] bf16, fp16 or fp32, rows contiguous -> z [P, T, C] fp32. With ``parts`` the P parts of the sum are left for
-    the reader to add in order (decode: many programs for few tokens); without, P = 1 and they have been added in that
-    order. The default is parts for T <= 64. A token's z is the same sequence of operations for every T and either way.
+    x [T, n] bf16, fp16 or fp32, rows contiguous -> z [P, T, C] fp32. With ``parts`` the P parts of the sum are left to
+    be added in order, by ``add_parts`` or a kernel that needs z: more programs for few tokens. Without, P = 1 and they
+    have been added in that order. The default is parts for T <= 1,024. A token's z is the same sequence of operations
+    for every T and either way.
 
     Accuracy: the products are exact for bf16 x, and x is widened exactly otherwise. Error of z[t, c], with u = 2^-23
     (tensor cores may truncate where fp32 rounds): at most (3 n + P) u sum |A[c, j]| |x[t, j]|. bf16 A or a bf16 z would
@@ -63,7 +66,7 @@ def project(x: torch.Tensor, a: Projection, parts: bool | None = None) -> torch.
     """
     tokens, inputs = x.shape
     if parts is None:
-        parts = tokens <= TOKEN_TILE
+        parts = tokens <= PARTS_TOKENS
     length = part_length(inputs)
     count = -(-inputs // length)
     z = x.new_empty(count if parts else 1, tokens, a.columns, dtype=torch.float32)
@@ -111,3 +114,31 @@ def _project_kernel(
         sum = tl.where(ends, 0.0, sum)
     out = z + (part * tokens + token).to(tl.int64)[:, None] * COLUMNS + column[None, :]
     tl.store(out, total, mask=live[:, None] & (column < COLUMNS)[None, :])
+
+
+def add_parts(z: torch.Tensor) -> torch.Tensor:
+    """out[0, t, c] = sum over p, in order, of z[p, t, c]: z fp32 [P, T, C], rows contiguous -> [1, T, C]."""
+    parts, tokens, columns = z.shape
+    if parts == 1:
+        return z
+    out = z.new_empty(1, tokens, columns)
+    tile = 256
+    _add_parts_kernel[(triton.cdiv(tokens * columns, tile),)](
+        z, out, tokens * columns, columns, z.stride(0), z.stride(1), PARTS=parts, TILE=tile, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _add_parts_kernel(
+    z: "Pointer", out: "Pointer", size: int, columns: int, part_stride: int, token_stride: int, PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = at < size
+    own = z + (at // columns).to(tl.int64) * token_stride + at % columns
+    total = tl.zeros([TILE], tl.float32)
+    # Unrolled, so that all loads are under way at once.
+    for part in tl.static_range(PARTS):
+        total += tl.load(own + part * part_stride, mask=inside, other=0.0)
+    tl.store(out + at, total, mask=inside)

@@ -11,13 +11,14 @@ from seqr.kernels.score_tile import best_in_tile, score_tile, sum_parts, usable_
 from seqr.kernels.tables import SiteTables
 
 DECODE_TOKENS = 64
-# Programs that keep an H200's 132 multiprocessors busy.
-_PROGRAMS = 264
+# Programs that keep an H200's 132 multiprocessors busy, four on each, three times over; and how far N is split for it.
+_PROGRAMS = 1584
+_MOST_SPLITS = 256
 
 
 def token_tile(tokens: int) -> int:
-    """Tokens per program: by T only."""
-    return 16 if tokens <= DECODE_TOKENS else 64
+    """Tokens per program, by T only. Below 64, so that in decode and prefill the same instruction adds up a score."""
+    return 16 if tokens <= DECODE_TOKENS else 32
 
 
 def summed(z: torch.Tensor, copies: int) -> torch.Tensor:
@@ -40,27 +41,26 @@ def route_tokens(
     """
     tokens, tile, blocks = z.shape[1], token_tile(z.shape[1]), tables.adapters // ADAPTER_BLOCK.value
     tiles = triton.cdiv(tokens, tile)
-    splits = max(1, min(blocks, _PROGRAMS // (tiles * tables.modules)))
+    splits = max(1, min(blocks, _MOST_SPLITS, _PROGRAMS // (tiles * tables.modules)))
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     z_sum = summed(z, splits)
     found = Candidates.empty(tables.modules, tokens, splits, torch.float32, z.device)
     _route_kernel[(tiles, splits, tables.modules)](
-        z, z_sum, tables.gram, tables.offset, tables.pairs, bits, row, found.value, found.column, tokens, blocks,
-        per_split, bits.shape[0], splits, z.stride(0), z.stride(1),
-        PARTS=z.shape[0], RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
-        COLUMNS=tables.modules * tables.rank, FEATURES=tables.features, FEATURE_STEP=16, TILE=tile, num_warps=4,
+        z, z_sum, tables.gram, tables.offset, bits, row, found.value, found.column, tokens, blocks, per_split,
+        bits.shape[0], splits, z.stride(0), z.stride(1), PARTS=z.shape[0], RANK=tables.rank,
+        RANK_PADDED=triton.next_power_of_2(tables.rank), COLUMNS=tables.modules * tables.rank, TILE=tile,
+        num_warps=8 if tile == 16 else 4,
     )  # fmt: skip
     return found, z_sum[:1]
 
 
 @triton.jit
 def _route_kernel(
-    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", pairs: "Pointer", bits: "Pointer",
-    row: "Pointer", best_value: "Pointer", best_column: "Pointer", tokens: int, blocks: int, per_split: int, rows: int,
-    splits: int, part_stride: int, token_stride: int, PARTS: tl.constexpr, RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, FEATURE_STEP: tl.constexpr,
-    TILE: tl.constexpr,
+    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", bits: "Pointer", row: "Pointer",
+    best_value: "Pointer", best_column: "Pointer", tokens: int, blocks: int, per_split: int, rows: int, splits: int,
+    part_stride: int, token_stride: int, PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of tokens, one run of adapter blocks, one module."""
     split = tl.program_id(1)
@@ -80,15 +80,13 @@ def _route_kernel(
         z = z_parts + first
         z_stride = token_stride
     own_row = tl.load(row + token, mask=live, other=0)
-    module_gram = gram + module * blocks * FEATURES * ADAPTER_BLOCK
+    module_gram = gram + module * blocks * (RANK * (RANK + 1) // 2) * ADAPTER_BLOCK
     module_offset = offset + module * blocks * ADAPTER_BLOCK
     n = tl.arange(0, ADAPTER_BLOCK)
     best = tl.full([TILE], float("-inf"), tl.float32)
     chosen = tl.full([TILE], -1, tl.int32)
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, blocks)):
-        score = score_tile(
-            z, z_stride, module_gram, module_offset, pairs, token, live, block, FEATURES, FEATURE_STEP
-        )  # fmt: skip
+        score = score_tile(z, z_stride, module_gram, module_offset, token, live, block, RANK)
         column = block * ADAPTER_BLOCK + n
         allowed = permitted_tile(bits, rows, blocks * (ADAPTER_BLOCK // 32), own_row, column)
         top, lowest = best_in_tile(score, allowed & usable_tile(score))

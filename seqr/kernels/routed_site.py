@@ -9,7 +9,7 @@ from torch import nn
 from seqr.kernels.expand import expand_groups, expand_tokens
 from seqr.kernels.group import group
 from seqr.kernels.numbers import INTERPRETED
-from seqr.kernels.project import Projection, project
+from seqr.kernels.project import Projection, add_parts, project
 from seqr.kernels.stacked import stack_weight, stacked_product
 from seqr.kernels.step import DeviceStep, DeviceStepMismatch, current_step
 from seqr.kernels.tables import SiteMismatch
@@ -67,7 +67,8 @@ class RoutedSite(nn.Module):
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda":
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Before W x: its few small programs would else wait until all of W x has begun.
+            self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., outputs of all modules side by side]."""
@@ -101,7 +102,7 @@ class RoutedSite(nn.Module):
         if x.shape[0] <= GATHER_TOKENS:
             expand_tokens(y, z, tables, found, record=record)
         else:
-            expand_groups(y, z, tables, group(found.choice(record), tables.adapters))
+            expand_groups(y, add_parts(z), tables, group(found.choice(record), tables.adapters))
         return y
 
     def _stacked(self, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
@@ -118,8 +119,7 @@ class RoutedSite(nn.Module):
             expand_tokens(y, z, tables, found, source=product, record=record)
         else:
             y.copy_(product)
-            z = z if z.shape[0] == 1 else z.sum(0, keepdim=True)
-            expand_groups(y, z, tables, group(found.choice(record), tables.adapters))
+            expand_groups(y, add_parts(z), tables, group(found.choice(record), tables.adapters))
         return y
 
 

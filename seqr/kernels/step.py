@@ -12,6 +12,7 @@ from seqr.errors import SeqrError
 from seqr.kernels.candidates import Candidates
 from seqr.kernels.evidence_decode import route_evidence
 from seqr.kernels.evidence_prefill import Chunks, route_evidence_runs
+from seqr.kernels.project import add_parts
 from seqr.kernels.route import route_tokens
 from seqr.kernels.tables import SiteTables
 
@@ -134,7 +135,7 @@ class DeviceStep:
                     z, tables, self.bits, batch.row, batch.slot, batch.counts, sums, self._value, self._first
                 )
             else:
-                z = z if z.shape[0] == 1 else z.sum(0, keepdim=True)
+                z = add_parts(z)
                 gathered = route_evidence_runs(
                     z, tables, self.bits, batch.row, self.chunks, batch.counts, sums, self._value, self._first
                 )

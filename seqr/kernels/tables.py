@@ -24,17 +24,16 @@ class SiteMismatch(SeqrError):
 class SiteTables:
     """N adapters (a multiple of 64, the last ones padding) of M modules of rank r, side by side.
 
-    gram fp32 [M, N / 64, F, 64], offset fp32 [M, N]: as ``seqr.library.ModuleStack``; pairs int32 [2, F]: feature f is
-    z[pairs[0, f]] z[pairs[1, f]]; b_t [K, r, m] bf16 or fp32 with K <= N adapters and m the modules' outputs side by
-    side. blocks int32 [3, B]: module, first column and end of each block of the outputs; span int32 [2, M]: the first
-    block of each module and how many it has.
+    gram fp32 [M, N / 64, F, 64] with F = r (r + 1) / 2, offset fp32 [M, N]: as ``seqr.library.ModuleStack``; b_t
+    [K, r, m] bf16 or fp32 with K <= N adapters and m the modules' outputs side by side. blocks int32 [3, B]: module,
+    first column and end of each block of the outputs; span int32 [2, M]: the first block of each module and how many it
+    has.
     """
 
     rank: int
     outputs: tuple[int, ...]
     gram: torch.Tensor
     offset: torch.Tensor
-    pairs: torch.Tensor
     b_t: torch.Tensor
     blocks: torch.Tensor
     span: torch.Tensor
@@ -57,9 +56,8 @@ class SiteTables:
             raise SiteMismatch("gram and offset must be fp32: coarser ones change decisions")
         if gram.numel() >= 1 << 31:
             raise SiteMismatch(f"a site's gram may hold 2^31 numbers, got {gram.numel()}: route its modules one by one")
-        pairs = torch.triu_indices(rank, rank).to(torch.int32).contiguous().to(gram.device)
         cuts, span = (part.to(gram.device) for part in _cut(outputs, cls.BLOCK))
-        return cls(rank, tuple(outputs), gram.contiguous(), offset.contiguous(), pairs, b_t.contiguous(), cuts, span)
+        return cls(rank, tuple(outputs), gram.contiguous(), offset.contiguous(), b_t.contiguous(), cuts, span)
 
     @classmethod
     def of_stacks(cls, stacks: Sequence["ModuleStack"], outputs: Sequence[int], dtype: torch.dtype) -> "SiteTables":
@@ -81,11 +79,6 @@ class SiteTables:
     def adapters(self) -> int:
         """N."""
         return self.offset.shape[1]
-
-    @property
-    def features(self) -> int:
-        """F = r (r + 1) / 2."""
-        return self.pairs.shape[1]
 
     def routing_bytes(self) -> int:
         """What must be on the device to choose; b_t may be elsewhere."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqr.kernels.project import Projection, part_length, project, split_bf16
+from seqr.kernels.project import Projection, add_parts, part_length, project, split_bf16
 from seqr.kernels.stacked import stack_weight, stacked_product
 from tests.seqr.kernels.world import DEVICE
 
@@ -39,6 +39,7 @@ def test_parts_added_in_order_and_the_whole_have_the_same_bits(dtype: torch.dtyp
     for part in parts[1:]:
         added = added + part
     assert torch.equal(added, total)
+    assert torch.equal(add_parts(parts), total[None])
 
 
 def test_a_tokens_z_does_not_depend_on_the_others() -> None:

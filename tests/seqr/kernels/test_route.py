@@ -47,6 +47,24 @@ def test_ties_go_to_the_lowest_column_within_a_block_and_across_blocks_and_split
     assert chosen(world, bits, row) == [[6, 70, 64, 63, 198, 5]]
 
 
+@pytest.mark.parametrize(
+    ("z", "weight"),
+    [([1.0, 1.0], 1.0), ([1.0, 1.0], 257.0), ([257.0, 1.0], 1.0), ([257.0, 1.0], 257.0), ([1.0, 1.0], 131329.0),
+     ([131329.0, 1.0], 1.0)],
+)  # fmt: skip
+def test_none_of_the_products_that_fp32_can_see_is_left_out(z: list[float], weight: float) -> None:
+    # 257 needs two bf16 numbers and 131,329 three. Column 0's score is 0 exactly, as column 1's; any less
+    # and the tie would not go to it.
+    gram, offset = torch.zeros(1, 1, 3, 64), torch.full((1, 64), math.nan)
+    gram[0, 0, 1, 0] = weight
+    offset[0, :2] = torch.tensor([math.sqrt(z[0] * z[1] * weight), 0.0])
+    tables = SiteTables.of(gram.to(DEVICE), offset.to(DEVICE), torch.zeros(2, 2, 8, device=DEVICE), (8,))
+    bits = pack_bits(torch.ones(2, 64, dtype=torch.bool, device=DEVICE))
+    row = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    found, _ = route_tokens(torch.tensor(z, device=DEVICE).view(1, 1, 2), tables, bits, row)
+    assert found.choice().tolist() == [[0]] and found.value.tolist() == [[[0.0]]]
+
+
 def test_a_score_that_is_not_finite_never_wins() -> None:
     world = random_world(tokens=4, adapters=6, outputs=(8,))
     world.sigma[0, 2], world.sigma[0, 4] = math.nan, 0.0
