@@ -248,7 +248,8 @@ class TransformersEngine:
             log.exception("request %s ends: its evidence does not continue", one.request_id)
             self._end_pass(one.request_id, BROKEN)
             return nobody
-        return Segment(row, one.position, one.length, slot, "evidence", sequence.request.frame)
+        recent = _words_end(sequence.request) if sequence.reading else None
+        return Segment(row, one.position, one.length, slot, "evidence", sequence.request.frame, recent=recent)
 
     def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
         best = logits.max(dim=1).values.tolist()
@@ -343,6 +344,11 @@ class TransformersEngine:
 def _must_read(request: GenerationRequest) -> bool:
     """Whether the prompt has to be read first: not where there is nothing to choose between."""
     return request.mode == "prompt_evidence" and len(request.adapters) > 1
+
+
+def _words_end(request: GenerationRequest) -> int:
+    """The position after the prompt's last word: where the frame's end begins, or the prompt's own end."""
+    return request.frame.tail.start if request.frame.tail else len(request.prompt)
 
 
 def _add(counts: dict[str, int], silos: Sequence[str], totals: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ class EvidenceRouter(Router):
 class PromptEvidenceRouter(Router):
     """The base model reads the prompt first; the sum over its words and modules decides for the sequence.
 
-    A word counts half as much as the word 4 places after it (``seqr.routing.evidence.recency``).
+    A word counts half as much as the word 6 places after it (``seqr.routing.evidence.recency``).
     clip: bound of one token's score in one module. threshold: the mean score per token and module that the best
     adapter must exceed, or nobody is chosen and the base model speaks; None to choose always. modules: the sites that
     count, by index; None for all.

@@ -12,7 +12,7 @@ and cannot be chosen at that module and token.
 That is "evidence", in one pass: what is chosen early changes the hidden states that later evidence is read from. In
 "prompt_evidence" the base model reads the whole prompt first, on the hidden states that the adapters were calibrated
 on, and the sum over all modules and all of the prompt's tokens decides for the sequence (``Standing``). There a word
-counts half as much as the word 4 places after it (``recency``): the last ones have seen the most of the prompt.
+counts half as much as the word 6 places after it (``recency``): the last ones have seen the most of the prompt.
 
 All the means of one token have the same divisor t, so the sums are compared instead: the same choice.
 
@@ -34,8 +34,8 @@ from seqr.routing.scores import choose, constant, usable
 
 CLIP = 6.0
 GRID = float(1 << 20)
-HALF_LIFE = 4  # words
-_FORGOTTEN = 120  # 2^-30 of a score of 6 is less than half a unit
+HALF_LIFE = 6  # words
+_FORGOTTEN = 180  # 2^-30 of a score of 6 is less than half a unit
 
 
 class EvidenceStale(SeqrError):
@@ -67,9 +67,9 @@ def _decay() -> torch.Tensor:
 
 
 def recency(distance: torch.Tensor) -> torch.Tensor:
-    """2^(-d / 4), the weight of a word d places before a prompt's last: int64 [T] -> fp32 [T].
+    """2^(-d / 6), the weight of a word d places before a prompt's last: int64 [T] -> fp32 [T].
 
-    0 from d = 120 on, where nothing is left of any score. The last word and whatever follows it weigh 1.
+    0 from d = 180 on, where nothing is left of any score. The last word and whatever follows it weigh 1.
     """
     return _decay().to(distance.device)[distance.clamp(0, _FORGOTTEN)]
 

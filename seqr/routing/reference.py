@@ -96,11 +96,11 @@ def reference_evidence(scores: Sequence[Sequence[Sequence[float]]]) -> list[list
 
 def reference_standing(scores: Sequence[Sequence[Sequence[float]]]) -> list[float]:
     """What a whole prompt says for each adapter, from scores[l][t][i]: the sum over modules and tokens from 1 on of the
-    clipped score, a token counting half as much as the one four places after it.
+    clipped score, a token counting half as much as the one six places after it.
     """
     last = len(scores[0]) - 1
     return [
-        sum(0.5 ** ((last - t) / 4) * _clip(module[t][i]) for module in scores for t in range(1, last + 1))
+        sum(0.5 ** ((last - t) / 6) * _clip(module[t][i]) for module in scores for t in range(1, last + 1))
         for i in range(len(scores[0][0]))
     ]
 

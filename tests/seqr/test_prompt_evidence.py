@@ -60,7 +60,7 @@ def test_the_permitted_silo_with_the_most_evidence_shapes_every_token(seed: int,
 
 
 @pytest.mark.parametrize("tokens", [2, 9, 40, 300])
-def test_a_word_counts_half_as_much_as_the_word_four_places_after_it(tokens: int) -> None:
+def test_a_word_counts_half_as_much_as_the_word_six_places_after_it(tokens: int) -> None:
     z = some_z(tokens, 11)
     got = [units / GRID for units in read(z).row(LIBRARY.columns, 4)]
     assert got == pytest.approx(reference_standing(scores_of(z)), abs=1e-4 * MODULES)

@@ -1,7 +1,7 @@
 """Which adapter a whole prompt speaks for, by any variant of accumulated evidence, from stored norms.
 
 The product's rule is the default variant: the mean over modules and words of (norm - mu) / sigma, mu and sigma from
-public text, clipped to [-6, 6], a word counting half as much as the one 4 places after it;
+public text, clipped to [-6, 6], a word counting half as much as the one 6 places after it;
 ``seqr.routers.evidence.PromptEvidenceRouter`` is the same in the forward pass.
 """
 
@@ -126,6 +126,7 @@ ABLATIONS: dict[str, Variant] = {
     "the product's rule": Variant(),
     "all words alike": Variant(words="all"),
     "half-life of 2 words": Variant(words="half-life 2"),
+    "half-life of 4 words": Variant(words="half-life 4"),
     "half-life of 8 words": Variant(words="half-life 8"),
     "half-life of 16 words": Variant(words="half-life 16"),
     "only a prompt's last 8 words": Variant(words="last 8"),

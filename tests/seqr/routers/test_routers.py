@@ -197,7 +197,7 @@ def test_evidence_of_the_prompt_sums_its_words_alone_and_holds_for_the_whole_seq
     got = chosen(router, pool, batch, xs)
     for sequence, length in enumerate((9, 7)):
         words = [sequence * 9 + position for position in range(1, length - 3)]
-        weights = [0.5 ** ((words[-1] - t) / 4) for t in words] * 2
+        weights = [0.5 ** ((words[-1] - t) / 6) for t in words] * 2
         sums = []
         for i in range(len(pool)):
             scores = [
