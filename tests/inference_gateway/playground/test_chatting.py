@@ -149,15 +149,38 @@ def test_tokens_that_share_a_character_never_change_the_text(fake: FakeGateway, 
     expect(user.text.get_by_text("😀")).to_have_attribute("title", "clinic 100 %")
 
 
-def test_a_stream_cut_anywhere_reads_the_same(fake: FakeGateway, user: Visit) -> None:
-    lines = [
-        b": keep-alive\r\n\r\n",
-        event(choice({"content": "gr\u00fc\u00df"}, [token("gr\u00fc\u00df", "bank", {"bank": 1.0}, 1.0)])),
-        b"event: ping\ndata\n\n",
-        event(choice({"content": " \U0001f600"})).replace(b"\n\n", b"\r\n\r\n"),
-        b"data: [DONE]\r\n\r\n",
-    ]
-    fake.script = Script([], raw=[bytes([byte]) for byte in b"".join(lines)])
+STREAM = (
+    b": keep-alive\r\n\r\n"
+    + event({"say": "gr\u00fc\u00df"})
+    + b"event: ping\ndata\n\nid: 3\r\rdata: two\r\ndata:lines\r\n\r\n"
+    + event({"say": "\U0001f600"}).replace(b"\n", b"\r")
+    + b"data: [DONE]\r\n\r\ndata: never ended\n"
+)
+READ = """async ([bytes, size]) => {
+  const { eventData } = await import("/playground/sse.js");
+  const pieces = [];
+  for (let at = 0; at < bytes.length; at += size) pieces.push(Uint8Array.from(bytes.slice(at, at + size)));
+  const body = new ReadableStream({
+    pull(controller) {
+      if (pieces.length) controller.enqueue(pieces.shift());
+      else controller.close();
+    },
+  });
+  const found = [];
+  for await (const data of eventData(body)) found.push(data);
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
+def test_a_stream_cut_anywhere_reads_the_same(user: Visit, size: int) -> None:
+    found = user.page.evaluate(READ, [list(STREAM), size])
+    assert found == ['{"say": "grüß"}', "two\nlines", '{"say": "😀"}', "[DONE]"]
+
+
+def test_keep_alives_and_unknown_fields_are_passed_over(fake: FakeGateway, user: Visit) -> None:
+    said = event(choice({"content": "grüß 😀"}))
+    fake.script = Script([], raw=[b": keep-alive\n\n", b"event: ping\nid: 7\n\n", said, b"data: [DONE]\n\n"])
     user.ask("hi")
     user.finished(1)
     expect(user.text).to_have_text("grüß 😀")
