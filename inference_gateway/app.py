@@ -5,15 +5,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway import playground
 from inference_gateway.api import chat, errors, health, models
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
+from inference_gateway.playground import create_router as playground_router
 from inference_gateway.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """Routes under /v1 need an API key; /healthz, /readyz and the playground's page at / need none."""
+    """Routes under /v1 need an API key; /healthz and /readyz need none."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -30,8 +30,8 @@ def create_app(service: Service) -> FastAPI:
     v1.include_router(models.router)
     app.include_router(v1)
     app.include_router(health.router)
-    if service.settings.playground:
-        app.include_router(playground.create_router())
+    if service.settings.playground:  # a page for everybody, with nothing of this gateway in it
+        app.include_router(playground_router())
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
     return app
