@@ -15,7 +15,8 @@ let key = "";
 let model = "";
 /** [{prompt, answers: [Answer], columns, node}] */
 let turns = [];
-let running = null;
+/** What stops each answer that is being written. */
+const running = new Set();
 
 // Log in and out.
 
@@ -89,19 +90,16 @@ function ask(prompt) {
 }
 
 async function answerAll(turn, which) {
-  if (running) return;
   const controller = new AbortController();
-  running = controller;
-  showRunning(true);
+  running.add(controller);
+  showRunning();
   // All requests are made before the first answer is read, so that both are asked the same.
   const bodies = which.map((set) => requestBody(turn, set));
   try {
     await Promise.all(which.map((set, i) => answerOne(turn, set, bodies[i], controller.signal)));
   } finally {
-    if (running === controller) {
-      running = null;
-      showRunning(false);
-    }
+    running.delete(controller);
+    showRunning();
   }
 }
 
@@ -175,10 +173,12 @@ async function refresh() {
   }
 }
 
+function stop() {
+  for (const controller of running) controller.abort();
+}
+
 function clear() {
-  running?.abort();
-  running = null;
-  showRunning(false);
+  stop();
   closeScores();
   for (const turn of turns) {
     turn.answers.forEach((answer) => answer.remove());
@@ -191,9 +191,9 @@ function clear() {
 
 // Show.
 
-function showRunning(on) {
-  byId("send").hidden = on;
-  byId("stop").hidden = !on;
+function showRunning() {
+  byId("send").hidden = running.size > 0;
+  byId("stop").hidden = running.size === 0;
 }
 
 function atEnd() {
@@ -230,7 +230,7 @@ byId("login-form").addEventListener("submit", (event) => {
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const prompt = byId("prompt").value;
-  if (running || !prompt.trim() || !settingsAreValid()) return;
+  if (running.size || !prompt.trim() || !settingsAreValid()) return;
   byId("prompt").value = "";
   ask(prompt);
 });
@@ -240,7 +240,7 @@ byId("prompt").addEventListener("keydown", (event) => {
   byId("composer").requestSubmit();
 });
 byId("stop").addEventListener("click", () => {
-  running?.abort();
+  stop();
   byId("prompt").focus();
 });
 byId("clear").addEventListener("click", () => {

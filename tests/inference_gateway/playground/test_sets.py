@@ -100,6 +100,21 @@ def test_stop_ends_both_answers(fake: FakeGateway, user: Visit) -> None:
     user.finished(2)
 
 
+def test_one_answer_can_be_asked_again_while_the_other_is_still_written(fake: FakeGateway, user: Visit) -> None:
+    user.page.get_by_role("switch", name="Compare sets").click()
+    user.switch("bank", "Set B").click()
+    fake.by_set = lambda silos: Script([("half", None)], end="hang" if "bank" in silos else "engine_failed")
+    user.ask("hi")
+    user.page.get_by_role("button", name="Ask again").wait_for()
+    fake.by_set = lambda silos: Script([("whole", None)])
+    user.page.get_by_role("button", name="Ask again").click()
+    expect(user.text).to_have_text("whole")
+    expect(user.answers.first).to_have_attribute("aria-busy", "true")
+    expect(user.answers.last.get_by_role("heading")).to_have_text("B · clinic, school")
+    user.page.get_by_role("button", name="Stop").click()
+    user.finished(2)
+
+
 def test_a_silo_that_is_withdrawn_loses_its_switch_and_a_new_one_gets_one(fake: FakeGateway, user: Visit) -> None:
     user.switch("school").click()
     fake.silos = ["bank", "school", "museum"]
