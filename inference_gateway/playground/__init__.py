@@ -64,7 +64,7 @@ def read_static_files() -> dict[str, StaticFile]:
 
 def create_router() -> APIRouter:
     """GET / is the page, GET /playground/NAME what it loads; both need no key. Unknown names are 404."""
-    router = APIRouter()
+    router = APIRouter(include_in_schema=False)  # a page, no part of the API
     static = read_static_files()
 
     @router.api_route("/", methods=["GET", "HEAD"])

@@ -92,5 +92,11 @@ def test_without_the_setting_there_is_no_page_and_the_api_is_still_there(running
     assert run(statuses()) == [404, 404, 200, 401]
 
 
+def test_the_page_is_no_part_of_the_interfaces_description(running: Running) -> None:
+    described = create_app(Service(running.world.settings)).openapi()["paths"]
+    assert "/v1/models" in described
+    assert not [path for path in described if path == "/" or "playground" in path]
+
+
 def test_the_files_are_part_of_the_package() -> None:
     assert {"index.html", "main.js", "style.css", "icon.svg"} <= set(playground.read_static_files())
