@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from inference_gateway.api import chat, errors, health, models
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
+from inference_gateway.playground import create_router as playground_router
 from inference_gateway.service import Service
 
 
@@ -29,6 +30,8 @@ def create_app(service: Service) -> FastAPI:
     v1.include_router(models.router)
     app.include_router(v1)
     app.include_router(health.router)
+    if service.settings.playground:  # a page for everybody, with nothing of this gateway in it
+        app.include_router(playground_router())
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
     return app

@@ -36,6 +36,8 @@ class Settings(FileSettings):
     ssl_keyfile: Path | None = None
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     poll_seconds: float = Field(default=0.5, gt=0)
+    # Whether the page at / is there.
+    playground: bool = True
 
     max_concurrent: int = Field(default=16, ge=1, le=1024)
     # Requests that wait for one of the places; beyond them the gateway answers 503 at once.
