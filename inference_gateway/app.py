@@ -5,14 +5,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway.api import chat, errors, health, models
+from inference_gateway.api import chat, errors, health, metrics, models
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
+from inference_gateway.api.observing import Observing
 from inference_gateway.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """Routes under /v1 need an API key; /healthz and /readyz need none."""
+    """Routes under /v1 need an API key; /healthz and /readyz need none, /metrics one of scope metrics."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -29,6 +30,8 @@ def create_app(service: Service) -> FastAPI:
     v1.include_router(models.router)
     app.include_router(v1)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(Observing, metrics=service.metrics)
     return app

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference_gateway.admission import Admission
 from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.engine.base import AdapterKey, Engine
 from inference_gateway.errors import (
@@ -18,6 +19,7 @@ from inference_gateway.errors import (
     SettingsInvalid,
 )
 from inference_gateway.intake import Intake
+from inference_gateway.metrics import Metrics
 from inference_gateway.permissions import Permissions
 from inference_gateway.settings import Settings
 from policy.db import create_engine_for
@@ -70,6 +72,9 @@ class Service:
         self._database = create_engine_for(settings.policy_database_url)
         self._reader = PolicyReader(self._database, load_pepper(settings.policy_pepper_file))
         self.permissions = Permissions(self._reader)
+        self.metrics = Metrics()
+        self.admission = Admission(settings, self.metrics)
+        self.metrics.watch(self)
         self._serving: Serving | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: SeqrError | None = None
@@ -88,6 +93,11 @@ class Service:
         await self._client.aclose()
         self._reader.close()
         self._database.dispose()
+
+    @property
+    def loaded(self) -> Serving | None:
+        """What is there to serve with, ready or not; None while the model is being loaded."""
+        return self._serving
 
     @property
     def serving(self) -> Serving:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -93,7 +92,7 @@ def _row(connection: Connection, subject: str) -> Limits | None:
     return None if row is None else _limits(row)
 
 
-def _limits(row: Mapping[str, Any]) -> Limits:
+def _limits(row: Any) -> Limits:
     return Limits(**{name: row[name] for name in NAMES})
 
 

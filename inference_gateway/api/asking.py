@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
-from inference_gateway.api.errors import ContextLengthExceeded, MessagesInvalid, Overloaded, SiloUnavailable
+from inference_gateway.api.errors import ContextLengthExceeded, MessagesInvalid, SiloUnavailable
 from inference_gateway.api.models import SILO_PREFIX, not_found
 from inference_gateway.api.schema import ChatRequest
 from inference_gateway.engine.base import GenerationRequest, Sampling
@@ -31,18 +31,16 @@ class Asked:
 
 
 async def prepare(service: Service, user_id: str, chat: ChatRequest) -> Asked:
-    """Raises NotReady, Overloaded, ModelNotFound, SiloUnavailable, MessagesInvalid, ContextLengthExceeded, or a
+    """Raises NotReady, ModelNotFound, SiloUnavailable, MessagesInvalid, ContextLengthExceeded, or a
     PolicyError when the policy cannot be read.
     """
     serving = service.serving
-    if serving.engine.info().waiting >= service.settings.max_waiting:
-        raise Overloaded("too many requests are waiting; try again in a moment")
     decision = await run_in_threadpool(service.permissions.decide, user_id)
     silos = _narrow(serving, decision, chat)
     resident = serving.resident()
     usable = tuple(silo for silo in silos if silo in resident)
     prompt = await run_in_threadpool(_prompt, serving.tokenizer, chat)
-    sampling = Sampling(chat.temperature or 0.0, 1.0 if chat.top_p is None else chat.top_p, chat.seed)
+    sampling = Sampling(chat.temperature or 0.0, 1.0 if chat.top_p is None else chat.top_p, seed=chat.seed)
     request = GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompt=tuple(prompt),

@@ -3,30 +3,29 @@
 import asyncio
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from inference_gateway.api.admitted import admitted
 from inference_gateway.api.asking import Asked, prepare
 from inference_gateway.api.auth import Caller, ServiceDep
 from inference_gateway.api.body import ChatBody
 from inference_gateway.api.errors import error_body, failed_status, respond
 from inference_gateway.api.schema import ChatRequest
-from inference_gateway.engine.base import Event, Failed, Finished, Shares, Tokens
+from inference_gateway.engine.base import Failed, Finished, Shares, Tokens
 from inference_gateway.service import Service
 from inference_gateway.text import TextStream
+from policy.keys import Principal
 
 log = logging.getLogger(__name__)
 router = APIRouter()
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
 @dataclass
@@ -46,34 +45,33 @@ async def chat_completions(
     service: ServiceDep,
     caller: Caller,
     chat: ChatBody,
-    x_request_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """An answer shaped by the caller's permitted silos and by nothing else."""
     asked = await prepare(service, caller.user_id, chat)
-    given = x_request_id or ""
     headers = {
-        "X-Request-Id": given if _REQUEST_ID.fullmatch(given) else asked.request.request_id,
         "X-Seqr-Policy-Version": str(asked.decision.policy_version),
         "X-Seqr-Library-Version": asked.library_version,
     }
-    pieces = answer(service, asked, chat.stops)
+    pieces = answer(service, caller, asked, chat.stops)
     if chat.stream:
         return await _stream(asked, chat, pieces, headers)
     return await _plain(asked, pieces, headers, request)
 
 
-async def answer(service: Service, asked: Asked, stops: tuple[str, ...]) -> AsyncGenerator[Piece]:
+async def answer(service: Service, caller: Principal, asked: Asked, stops: tuple[str, ...]) -> AsyncGenerator[Piece]:
     """The pieces of one answer; the last has a reason or has failed. Closing it ends the request in the engine."""
     text = TextStream(asked.serving.tokenizer, stops)
     used = 0
     silos = frozenset(asked.silos)
-    with service.permissions.watching(asked.request.request_id, asked.decision, silos):
-        async with aclosing(_events(asked)) as events:
+    grant = await admitted(service, caller, (asked.request,), len(asked.request.prompt))
+    with grant, service.permissions.watching(asked.request.request_id, asked.decision, silos):
+        async with aclosing(grant.generate(asked.serving.engine, asked.request)) as events:
             async for event in events:
                 if isinstance(event, Tokens):
                     used += len(event.ids)
                     fresh = text.push(event.ids)
                     if text.stopped:
+                        grant.complete(asked.request.request_id)
                         yield Piece(fresh, used, "stop")
                         return
                     if fresh:
@@ -83,12 +81,6 @@ async def answer(service: Service, asked: Asked, stops: tuple[str, ...]) -> Asyn
                     yield Piece(rest, used, "stop" if text.stopped else event.reason, event.shares)
                 else:
                     yield Piece("", used, failed=event)
-
-
-async def _events(asked: Asked) -> AsyncGenerator[Event]:
-    async with aclosing(asked.serving.engine.generate(asked.request)) as events:
-        async for event in events:
-            yield event
 
 
 async def _plain(asked: Asked, pieces: AsyncGenerator[Piece], headers: Mapping[str, str], request: Request) -> Response:
