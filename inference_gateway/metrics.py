@@ -189,9 +189,8 @@ def _total(name: str, text: str, model: str, value: float) -> CounterMetricFamil
 
 
 def _engine(info: EngineInfo, model: str) -> Iterable[Metric]:
-    if info.kv_blocks:
-        used = info.kv_blocks_used / info.kv_blocks
-        yield _gauge("vllm:kv_cache_usage_perc", "KV cache in use; 1 is all of it.", model, used)
+    used = info.kv_blocks_used / max(1, info.kv_blocks)
+    yield _gauge("vllm:kv_cache_usage_perc", "KV cache in use; 1 is all of it.", model, used)
     yield _total("vllm:num_preemptions", "Requests that a full cache made start again.", model, info.preemptions)
     yield _total("vllm:prefix_cache_queries", "Prompt tokens looked up.", model, info.prefix_queries)
     yield _total("vllm:prefix_cache_hits", "Prompt tokens found.", model, info.prefix_hits)

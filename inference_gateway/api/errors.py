@@ -123,7 +123,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(SeqrError, _seqr_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _api_error(_request: Request, error: Any) -> JSONResponse:
@@ -163,6 +162,6 @@ async def _http_error(_request: Request, error: Any) -> JSONResponse:
     return respond(f"{error.detail}", f"http_{error.status_code}", error.status_code, headers=error.headers)
 
 
-async def _unexpected(_request: Request, _error: Any) -> JSONResponse:
-    # The server logs the cause; the caller learns nothing about it.
+def unexpected() -> JSONResponse:
+    """The answer to a request that met a defect. The log has the cause; the caller learns nothing about it."""
     return respond("the request could not be served because of an internal error", "internal_error", 500)

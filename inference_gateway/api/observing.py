@@ -8,6 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_gateway import request_record
+from inference_gateway.api.errors import unexpected
 from inference_gateway.metrics import Metrics
 from inference_gateway.request_record import RequestRecord
 
@@ -22,7 +23,8 @@ POLLED = frozenset({"/healthz", "/readyz", "/metrics"})
 class Observing:
     """ASGI middleware. Answers with the caller's X-Request-Id when it is well formed, else with one made here.
 
-    The log line holds the route's template, never the path, query or body, and the policy's ids of user and key.
+    An exception that nobody foresaw ends here, as 500 and in the log. The log line holds the route's template, never
+    the path, query or body, and the policy's ids of user and key.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
@@ -33,7 +35,7 @@ class Observing:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record, started, status = RequestRecord(), time.perf_counter(), 500
+        record, started, status = RequestRecord(), time.perf_counter(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         if REQUEST_ID.fullmatch(given):
             record.request_id = given
@@ -51,8 +53,13 @@ class Observing:
 
         try:
             await self._app(scope, receive, noting)
+        except Exception:
+            if status:  # part of the answer is out: the server must cut the connection
+                raise
+            log.exception("a request could not be served")
+            await unexpected()(scope, receive, noting)
         finally:
-            route = getattr(scope.get("route"), "path", "-")
+            route = _template(scope)
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.responded(route, method, status)
             line = {
@@ -65,3 +72,11 @@ class Observing:
             }
             level = logging.DEBUG if route in POLLED and status < 400 else logging.INFO
             log.log(level, "request", extra={"fields": line})
+
+
+def _template(scope: Scope) -> str:
+    """The matched route's path with its parameters' names, ``-`` where none matched."""
+    # A route in an included router knows its path without the prefix; FastAPI keeps the whole one beside it.
+    whole = scope.get("fastapi", {}).get("effective_route_context")
+    path: str = getattr(whole or scope.get("route"), "path", "-")
+    return path

@@ -81,7 +81,8 @@ def test_a_forbidden_and_an_unknown_silo_look_the_same(running: Running, place: 
     def refusal(silo: str) -> tuple[int, dict[str, Any], dict[str, str]]:
         body: dict[str, Any] = {"model": MODEL, "messages": QUESTION}
         body |= {"seqr": {"silos": [silo]}} if place == "silos" else {"model": f"silo:{silo}"}
-        response = running.http("alice").post("/v1/chat/completions", json=body)
+        same = {"X-Request-Id": "same"}
+        response = running.http("alice").post("/v1/chat/completions", json=body, headers=same)
         headers = {k: v for k, v in response.headers.items() if k not in ("date", "content-length")}
         return response.status_code, json.loads(response.text.replace(silo, "X")), headers
 

@@ -186,8 +186,12 @@ def test_a_request_for_several_places_is_not_overtaken_for_ever() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(0, 6)), max_size=25), st.integers(0, 999))
-def test_no_place_is_lost_or_given_twice_whatever_is_cancelled_when(plan: list[tuple[str, int, int]], seed: int) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(0, 6)), max_size=25), st.integers(0, 999)
+)
+def test_no_place_is_lost_or_given_twice_whatever_is_cancelled_when(
+    plan: list[tuple[str, int, int]], seed: int
+) -> None:
     """Each request: user, places, and the loop turns after which it is cancelled (0: never)."""
     dice = random.Random(seed)
 
