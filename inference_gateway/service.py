@@ -151,11 +151,13 @@ class Service:
         import torch
 
         from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+        from seqr.logs import adopt
         from seqr.models import base_model_digest, load_base_model
         from seqr.public_calibration import collect_z
         from seqr.routed_linear import adapt_model
         from seqr.shared_a import verify_a
 
+        adopt("transformers", "ContinuousBatchingLogger")
         settings = self.settings
         if self._sealing_key.public.to_b64() not in {key.sealing_key for key in plan.gateway_keys}:
             raise GatewayKeyNotInPlan(

@@ -58,10 +58,19 @@ class TextLines(logging.Formatter):
 
 
 def configure(style: Literal["text", "json"], level: str = "INFO") -> None:
-    """Send everything to standard error; uvicorn's own access log, which prints URLs, stays off."""
+    """Send everything to standard error, warnings too; uvicorn's own access log, which prints URLs, stays off."""
+    logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True
     for noisy in ("httpx", "httpcore", "alembic", "sqlalchemy.engine"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def adopt(*names: str) -> None:
+    """Let libraries that write to standard error by themselves log like everything else. Call after importing them."""
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True

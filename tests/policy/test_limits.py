@@ -4,8 +4,10 @@ import pytest
 import yaml
 
 from policy import document, errors, listing, yaml_io
+from policy.db import create_engine_for, migrate
 from policy.limits import Limits
 from policy.reader import PolicyReader
+from policy.store import PolicyStore
 
 
 @pytest.fixture
@@ -106,3 +108,24 @@ def test_the_list_shows_what_is_set(small, engine, how):
     assert [(row["subject"], row["requests_per_minute"], row["tokens_per_day"]) for row in rows] == [
         ("user:alice", 7, None)
     ]
+
+
+def test_a_database_of_an_older_release_is_named(empty_url):
+    engine = create_engine_for(empty_url)
+    migrate(engine, "0001")
+    with PolicyReader(engine) as reader, pytest.raises(errors.SchemaOutdated):
+        reader.limits("alice", "key")
+    engine.dispose()
+
+
+def test_going_back_to_the_older_schema_drops_limits_and_nothing_else(empty_url, how):
+    engine = create_engine_for(empty_url)
+    migrate(engine, "head")
+    store = PolicyStore(engine)
+    store.create_user("alice", **how)
+    store.set_limits("user:alice", Limits(tokens_per_day=1), **how)
+    migrate(engine, "0001")
+    migrate(engine, "head")
+    with engine.connect() as connection:
+        assert listing.limits(connection) == [] and len(listing.users(connection)) == 1
+    engine.dispose()
