@@ -1,6 +1,8 @@
 """Admission with an engine of scripted answers: what is reserved, given back, measured, and when a deadline passes."""
 
 import asyncio
+import re
+import tomllib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -239,3 +241,12 @@ def test_shares_are_counted_for_the_operator_and_told_only_to_who_asked(everythi
         assert value(admission, "seqr_routing_choices_total", silo="") == 2
 
     run(session)
+
+
+def test_the_limits_in_the_operators_page_are_settings() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+    toml = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert toml is not None
+    settings = Settings(directory=Path("."), **tomllib.loads(toml[1]))
+    assert settings.limits.user.limits() == Limits(60, 40_000, 1_000_000, 8)
+    assert settings.limits.key.limits() == Limits(concurrent_requests=4)

@@ -214,15 +214,19 @@ def test_metrics_hold_no_users_no_keys_and_no_paths_that_callers_choose(own: Run
     assert 'route="-"' in text and 'method="other"' in text and 'route="/v1/models/{name:path}"' in text
 
 
-def test_every_metric_of_the_dashboard_exists(own: Running) -> None:
+def test_every_metric_of_the_dashboard_and_of_the_operators_page_exists(own: Running) -> None:
     own.http("alice").post(CHAT, json=BODY | {"seqr": {"attribution": True}})
     dashboard = json.loads(resources.files("inference_gateway").joinpath("grafana/seqr-gateway.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked = {name for query in queries for name in re.findall(r"\b(?:vllm:|seqr_|process_)\w+", query)}
+    page = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+    named = set(re.findall(r"`((?:vllm:|seqr_)\w+)", page))
     text = own.http("ops").get("/metrics").text
     # A counter with labels has no sample before its first event, but always its family.
     known = {name for name, _ in scrape(own)} | {f"{name}_total" for name in re.findall(r"# TYPE (\S+)_total", text)}
+    known |= set(re.findall(r"# TYPE (\S+) histogram", text))
     assert len(queries) > 10 and asked <= known, asked - known
+    assert len(named) > 20 and named <= known, named - known
 
 
 # Logs
