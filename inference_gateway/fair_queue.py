@@ -13,10 +13,9 @@ from inference_gateway.errors import Overloaded, QueueTimeout
 
 @dataclass(eq=False)
 class Waiter:
-    """A request without its places yet."""
+    """A request for one answer, without its place yet."""
 
     user_id: str
-    places: int
     tokens: int
     arrival: int
     admitted: asyncio.Future[None]
@@ -49,12 +48,9 @@ class FairQueue:
         """Requests that wait."""
         return sum(len(line) for line in self._lines.values())
 
-    async def enter(self, user_id: str, places: int, tokens: int, timeout: float) -> int:
-        """Wait for ``places`` and return how many they are: at most all there are.
-
-        ``tokens``: what the user is charged when it has them. Raises Overloaded and QueueTimeout.
-        """
-        waiter = self._line_up(user_id, min(places, self.places), tokens)
+    async def enter(self, user_id: str, tokens: int, timeout: float) -> None:
+        """Wait for a place. ``tokens``: what the user is charged on getting it. Raises Overloaded and QueueTimeout."""
+        waiter = self._line_up(user_id, tokens)
         self._hand_out()
         if not waiter.admitted.done():
             self._check_room(waiter)
@@ -67,12 +63,11 @@ class FairQueue:
         except BaseException:
             self._withdraw(waiter)
             raise
-        return waiter.places
 
-    def leave(self, user_id: str, places: int) -> None:
-        """Give places back."""
-        self._free += places
-        self._held[user_id] -= places
+    def leave(self, user_id: str) -> None:
+        """Give a place back."""
+        self._free += 1
+        self._held[user_id] -= 1
         self._hand_out()
         self._forget(user_id)
 
@@ -80,9 +75,9 @@ class FairQueue:
         """The user has had ``tokens`` more."""
         self._served[user_id] = self._served.get(user_id, 0) + tokens
 
-    def _line_up(self, user_id: str, places: int, tokens: int) -> Waiter:
+    def _line_up(self, user_id: str, tokens: int) -> Waiter:
         self._arrivals += 1
-        waiter = Waiter(user_id, places, tokens, self._arrivals, asyncio.get_running_loop().create_future())
+        waiter = Waiter(user_id, tokens, self._arrivals, asyncio.get_running_loop().create_future())
         if user_id not in self._lines:
             lowest = min((self._served[user] for user in self._lines), default=self._floor)
             self._served[user_id] = max(self._served.get(user_id, 0), lowest)
@@ -91,7 +86,7 @@ class FairQueue:
         return waiter
 
     def _hand_out(self) -> None:
-        while self._lines:
+        while self._lines and self._free:
             user_id = min(
                 self._lines, key=lambda one: (self._served[one], self._held[one], self._lines[one][0].arrival)
             )
@@ -99,12 +94,10 @@ class FairQueue:
             if waiter.admitted.done():  # it was cancelled and has not noticed yet
                 self._step_out(waiter)
                 continue
-            if waiter.places > self._free:
-                return
             self._step_out(waiter)
             self._floor = max(self._floor, self._served[user_id])
-            self._free -= waiter.places
-            self._held[user_id] += waiter.places
+            self._free -= 1
+            self._held[user_id] += 1
             self.count(user_id, waiter.tokens)
             waiter.admitted.set_result(None)
 
@@ -122,12 +115,11 @@ class FairQueue:
             victim.admitted.set_exception(Overloaded("too many requests are waiting; try again in a moment"))
 
     def _withdraw(self, waiter: Waiter) -> None:
-        """The request does not go on; it may have been given its places in the same instant."""
+        """The request does not go on; it may have been given its place in the same instant."""
         if waiter in self._lines.get(waiter.user_id, ()):
             self._step_out(waiter)
-            self._hand_out()
         elif waiter.admitted.done() and not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
-            self.leave(waiter.user_id, waiter.places)
+            self.leave(waiter.user_id)
         self._forget(waiter.user_id)
 
     def _step_out(self, waiter: Waiter) -> None:

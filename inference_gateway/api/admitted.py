@@ -20,7 +20,7 @@ async def admitted(
 ) -> Grant:
     """Leave for all answers to one body; ``prompt_tokens`` counts each prompt once. The caller closes the grant.
 
-    Raises ContextLengthExceeded, RateLimited, Overloaded, QueueTimeout, or a PolicyError.
+    Raises ContextLengthExceeded, RateLimited, or a PolicyError.
     """
     allowed = service.settings.max_prompt_tokens
     longest = max(len(request.prompt) for request in requests)
@@ -29,11 +29,10 @@ async def admitted(
             f"the prompt has {longest} tokens, this gateway takes at most {allowed}; shorten it", param
         )
     limits = await run_in_threadpool(service.permissions.limits, caller)
-    return await service.admission.admit(
+    return service.admission.admit(
         caller,
         limits,
         prompt_tokens=prompt_tokens,
         max_tokens=sum(request.max_tokens for request in requests),
-        answers=len(requests),
         model=service.serving.plan.base_model,
     )

@@ -55,8 +55,8 @@ def door(**settings: Any) -> Admission:
     return Admission(Settings(directory=Path("."), **settings), Metrics())
 
 
-async def admit(admission: Admission, who: Principal = ALICE, limits: Any = UNSET, **asked: Any) -> Grant:
-    return await admission.admit(who, limits, **({"prompt_tokens": 4, "max_tokens": 10, "model": "tiny"} | asked))
+def admit(admission: Admission, who: Principal = ALICE, limits: Any = UNSET, **asked: Any) -> Grant:
+    return admission.admit(who, limits, **({"prompt_tokens": 4, "max_tokens": 10, "model": "tiny"} | asked))
 
 
 async def read(grant: Grant, engine: Any, asked: GenerationRequest) -> list[Event]:
@@ -83,17 +83,16 @@ def test_an_answer_is_charged_by_its_tokens_and_its_reservation_comes_back() -> 
     async def session() -> None:
         admission, limits = door(), (Limits(tokens_per_minute=20), Limits())
         engine = ScriptedEngine(Tokens((1, 2)), Finished("stop"))
-        with await admit(admission, limits=limits) as grant:  # 14 reserved
+        with admit(admission, limits=limits) as grant:  # 14 reserved
             with pytest.raises(RateLimited):
-                await admit(admission, limits=limits)
+                admit(admission, limits=limits)
             await read(grant, engine, request())
             assert grant.generated == 2
-        with await admit(admission, limits=limits):  # 4 + 2 used, 14 more
-            pass
-        with await admit(admission, limits=limits, max_tokens=6):  # the second used its prompt alone: 6 + 4 + 10
-            pass
-        with pytest.raises(RateLimited):
-            await admit(admission, limits=limits, max_tokens=10)
+        with admit(admission, limits=limits) as grant:  # 4 + 2 used, 14 more
+            await read(grant, engine, request())
+        with pytest.raises(RateLimited):  # 12 used
+            admit(admission, limits=limits, max_tokens=5)
+        admit(admission, limits=limits, max_tokens=4).close()
 
     run(session)
 
@@ -102,13 +101,13 @@ def test_defaults_count_where_the_policy_sets_nothing_and_the_policy_wins_where_
     async def session() -> None:
         defaults = DefaultLimits(user=SubjectLimits(concurrent_requests=1), key=SubjectLimits(requests_per_minute=5))
         admission = door(limits=defaults)
-        with await admit(admission), await admit(admission, BOB):
+        with admit(admission), admit(admission, BOB):
             with pytest.raises(RateLimited, match="your limit of 1 requests at once"):
-                await admit(admission)
-            with await admit(admission, limits=(Limits(concurrent_requests=2), Limits())):
-                pass
+                admit(admission)
+            second = admit(admission, limits=(Limits(concurrent_requests=2), Limits()))
             with pytest.raises(RateLimited, match="this key's limit of 2 requests per minute"):
-                await admit(admission, limits=(Limits(concurrent_requests=9), Limits(requests_per_minute=2)))
+                admit(admission, limits=(Limits(concurrent_requests=9), Limits(requests_per_minute=2)))
+            second.close()
 
     run(session)
 
@@ -116,46 +115,63 @@ def test_defaults_count_where_the_policy_sets_nothing_and_the_policy_wins_where_
 def test_fifty_parallel_requests_under_a_limit_of_seven_at_once_are_seven() -> None:
     async def session() -> None:
         admission, limits = door(max_concurrent=64), (Limits(concurrent_requests=7), Limits())
-        ends = await asyncio.gather(*(admit(admission, limits=limits) for _ in range(50)), return_exceptions=True)
+
+        async def one() -> Grant | RateLimited:
+            await asyncio.sleep(0)
+            try:
+                return admit(admission, limits=limits)
+            except RateLimited as refusal:
+                return refusal
+
+        ends = await asyncio.gather(*(one() for _ in range(50)))
         grants = [end for end in ends if isinstance(end, Grant)]
         assert len(grants) == 7
-        assert {type(end) for end in ends if end not in grants} == {RateLimited}
         for grant in grants:
             grant.close()
-        (await admit(admission, limits=limits)).close()
+        admit(admission, limits=limits).close()
 
     run(session)
 
 
-def test_a_request_that_never_began_is_charged_nothing() -> None:
+def test_an_answer_that_never_had_a_place_is_charged_nothing() -> None:
     async def session() -> None:
         limits = (Limits(requests_per_minute=2), Limits())
         admission = door(max_concurrent=1, max_waiting=1, queue_timeout_seconds=0.01)
-        with await admit(admission, BOB):
-            with pytest.raises(QueueTimeout):
-                await admit(admission, limits=limits)
-            waiting = asyncio.create_task(admit(admission, BOB))
-            await asyncio.sleep(0)
-            with pytest.raises(Overloaded):
-                await admit(admission, limits=limits)
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+        engine = ScriptedEngine(Tokens((1,)), Finished("stop"))
+        holder = ScriptedEngine(Tokens((1,)), None)
+        with admit(admission, BOB) as held:
+            async with aclosing(held.generate(holder, request("held"))) as events:
+                await anext(events)
+                with admit(admission, limits=limits) as grant, pytest.raises(QueueTimeout):
+                    await read(grant, engine, request())
+                with admit(admission, BOB) as other:
+                    waiting = asyncio.create_task(read(other, engine, request("waits")))
+                    await asyncio.sleep(0)
+                    with admit(admission, limits=limits) as grant, pytest.raises(Overloaded):
+                        await read(grant, engine, request())
+                    waiting.cancel()
+                    await asyncio.gather(waiting, return_exceptions=True)
+        assert (admission.queue.running, admission.queue.waiting, engine.asked) == (0, 0, [])
         for _ in range(2):
-            (await admit(admission, limits=limits)).close()
+            with admit(admission, limits=limits) as grant:
+                await read(grant, engine, request())
         assert value(admission, "seqr_requests_refused_total", reason="queue_timeout") == 1
         assert value(admission, "seqr_requests_refused_total", reason="overloaded") == 1
 
     run(session)
 
 
-def test_closing_a_grant_twice_gives_back_once() -> None:
+def test_closing_a_grant_twice_settles_once() -> None:
     async def session() -> None:
-        admission = door(max_concurrent=2)
-        first, second = await admit(admission), await admit(admission)
+        admission, limits = door(), (Limits(concurrent_requests=2), Limits())
+        first, second = admit(admission, limits=limits), admit(admission, limits=limits)
         first.close()
         first.close()
-        assert admission.queue.running == 1
+        third = admit(admission, limits=limits)
+        with pytest.raises(RateLimited):
+            admit(admission, limits=limits)
         second.close()
+        third.close()
 
     run(session)
 
@@ -163,7 +179,7 @@ def test_closing_a_grant_twice_gives_back_once() -> None:
 def test_an_answer_that_takes_too_long_ends_with_request_timeout_and_leaves_the_engine() -> None:
     async def session() -> None:
         admission, engine = door(request_timeout_seconds=0.05), ScriptedEngine(Tokens((1,)), None)
-        with await admit(admission) as grant:
+        with admit(admission) as grant:
             events = await read(grant, engine, request())
         assert events[0] == Tokens((1,))
         assert events[1] == Failed("request_timeout", "the answer took longer than the 0.05 s that this gateway allows")
@@ -175,22 +191,37 @@ def test_an_answer_that_takes_too_long_ends_with_request_timeout_and_leaves_the_
 
 def test_waiting_counts_towards_the_deadline_of_the_request() -> None:
     async def session() -> None:
-        admission = door(max_concurrent=1, request_timeout_seconds=0.01)
-        with await admit(admission, BOB), pytest.raises(QueueTimeout):
-            await admit(admission)
+        admission = door(max_concurrent=1, request_timeout_seconds=0.05)
+        with admit(admission, BOB) as held, admit(admission) as grant:
+            async with aclosing(held.generate(ScriptedEngine(Tokens((1,)), None), request("held"))) as events:
+                await anext(events)
+                with pytest.raises(QueueTimeout):
+                    await read(grant, ScriptedEngine(), request())
 
     run(session)
 
 
-def test_several_answers_of_one_request_take_a_place_each_and_are_charged_together() -> None:
+def test_the_answers_of_one_request_take_a_place_each_and_are_charged_together() -> None:
     async def session() -> None:
-        admission, engine = door(max_concurrent=4), ScriptedEngine(Tokens((1, 2, 3)), Finished("length"))
-        with await admit(admission, answers=3, max_tokens=30) as grant:
-            assert admission.queue.running == 3
-            await asyncio.gather(*(read(grant, engine, request(f"r{n}")) for n in range(3)))
-            assert grant.generated == 9
+        admission, limits = door(max_concurrent=2), (Limits(tokens_per_day=50), Limits())
+        engine = ScriptedEngine(Tokens((1, 2, 3)), Finished("length"))
+        most = 0
+
+        async def one(grant: Grant, name: str) -> None:
+            nonlocal most
+            async with aclosing(grant.generate(engine, request(name))) as events:
+                async for _ in events:
+                    most = max(most, admission.queue.running)
+                    await asyncio.sleep(0)
+
+        with admit(admission, limits=limits, max_tokens=30) as grant:
+            await asyncio.gather(*(one(grant, f"r{number}") for number in range(3)))
+            assert (grant.generated, most) == (9, 2)
         assert admission.queue.running == 0
         assert value(admission, "vllm:request_success_total", finished_reason="length") == 3
+        admit(admission, limits=limits, max_tokens=50 - 4 - 13).close()  # 4 + 9 of 50 are used
+        with pytest.raises(RateLimited):
+            admit(admission, limits=limits, max_tokens=50 - 4 - 12)
 
     run(session)
 
@@ -204,12 +235,12 @@ def test_an_answer_is_counted_by_how_it_ends() -> None:
             (Failed("permission_revoked", "over"),),
         ]
         for script in scripts:
-            with await admit(admission) as grant:
+            with admit(admission) as grant:
                 await read(grant, ScriptedEngine(*script), request())
-        with await admit(admission) as grant:  # the client leaves after a token
+        with admit(admission) as grant:  # the client leaves after a token
             async with aclosing(grant.generate(ScriptedEngine(Tokens((1,)), None), request("left"))) as events:
                 await anext(events)
-        with await admit(admission) as grant:  # a stop string
+        with admit(admission) as grant:  # a stop string
             async with aclosing(grant.generate(ScriptedEngine(Tokens((1,)), None), request("full"))) as events:
                 await anext(events)
                 grant.complete("full")
@@ -232,10 +263,10 @@ def test_shares_are_counted_for_the_operator_and_told_only_to_who_asked(everythi
         admission = door(count_all_shares=everything)
         token = Tokens((1,), shares=(TokenShares({"clinic": 3}, 4, None),))
         engine = ScriptedEngine(token, Finished("stop", SHARES))
-        with await admit(admission) as grant:
+        with admit(admission) as grant:
             assert await read(grant, engine, request()) == [Tokens((1,)), Finished("stop")]
         assert engine.asked[0].attribution is everything
-        with await admit(admission) as grant:
+        with admit(admission) as grant:
             assert await read(grant, engine, request(attribution=True)) == [token, Finished("stop", SHARES)]
         assert value(admission, "seqr_routing_choices_total", silo="clinic") == 6
         assert value(admission, "seqr_routing_choices_total", silo="") == 2
