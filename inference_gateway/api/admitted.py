@@ -16,7 +16,7 @@ async def admitted(
     caller: Principal,
     requests: Sequence[GenerationRequest],
     prompt_tokens: int,
-    param: str = "messages",
+    param: str | None = None,
 ) -> Grant:
     """Leave for all answers to one body; ``prompt_tokens`` counts each prompt once. The caller closes the grant.
 

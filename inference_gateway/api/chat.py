@@ -63,7 +63,7 @@ async def answer(service: Service, caller: Principal, asked: Asked, stops: tuple
     text = TextStream(asked.serving.tokenizer, stops)
     used = 0
     silos = frozenset(asked.silos)
-    grant = await admitted(service, caller, (asked.request,), len(asked.request.prompt))
+    grant = await admitted(service, caller, (asked.request,), len(asked.request.prompt), "messages")
     with grant, service.permissions.watching(asked.request.request_id, asked.decision, silos):
         async with aclosing(grant.generate(asked.serving.engine, asked.request)) as events:
             async for event in events:
