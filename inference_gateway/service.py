@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.engine.base import AdapterKey, Engine
@@ -30,6 +30,9 @@ from seqr.keys import SealingKey, SigningKey, VerifyKey
 from seqr.plan import Plan, verify_plan
 from seqr.public_text import calibration_texts, chat_frame
 
+if TYPE_CHECKING:  # needs torch
+    from inference_gateway.grammar import Grammars
+
 log = logging.getLogger(__name__)
 
 MAX_API_KEY_BYTES = 4096
@@ -45,6 +48,9 @@ class Serving:
     intake: Intake
     # What every conversation begins and ends with: no evidence of anything.
     frame: ChatFrame
+    grammars: "Grammars"
+    vocabulary: int
+    eos: tuple[int, ...]
 
     def resident(self) -> Mapping[str, AdapterKey]:
         """The adapters that new requests can use, by silo."""
@@ -141,6 +147,7 @@ class Service:
         import torch
 
         from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+        from inference_gateway.grammar import Grammars
         from seqr.models import base_model_digest, load_base_model
         from seqr.public_calibration import collect_z
         from seqr.routed_linear import adapt_model
@@ -176,10 +183,12 @@ class Service:
             settings.kv_tokens,
             max_model_length=settings.max_model_length,
         )
-        engine = TransformersEngine(model, plan, self.permissions, _eos(model, tokenizer), limits)
+        eos, vocabulary = _eos(model, tokenizer), int(model.get_output_embeddings().weight.shape[0])
+        grammars = Grammars(tokenizer, vocabulary, eos)
+        engine = TransformersEngine(model, plan, self.permissions, eos, limits, grammars.matcher)
         self.waiting_for = "the engine"
         intake = Intake(self._client, engine, plan, self._sealing_key, self._signing_key, z)
-        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer))
+        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer), grammars, vocabulary, tuple(eos))
 
 
 def _eos(model: Any, tokenizer: Any) -> list[int]:

@@ -1,0 +1,162 @@
+"""The answers to one body as they are written: pieces of all choices, in the order in which they come."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from inference_gateway.api.asking import Asked
+from inference_gateway.engine.base import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Shares,
+    TokenLogprobs,
+    Tokens,
+    TokenShares,
+)
+from inference_gateway.service import Service
+from inference_gateway.text import TextStream
+
+TOO_SLOW = Failed(
+    "reader_too_slow",
+    "the answer was written faster than it was read and has been given up; read faster or ask for less",
+)
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token of an answer, its part of the text, and what was asked for about it."""
+
+    id: int
+    text: str
+    logprobs: TokenLogprobs | None = None
+    shares: TokenShares | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one choice whose text is certain now; the last piece says why the answer ends, or has failed.
+
+    ``used`` counts all tokens so far, with those that are not shown.
+    """
+
+    index: int
+    tokens: tuple[ShownToken, ...]
+    used: int
+    reason: str | None = None
+    shares: Shares | None = None
+    failed: Failed | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+
+class Answers:
+    """Writes all choices at once and keeps at most ``limit`` pieces for a reader; a slower one gets ``TOO_SLOW``."""
+
+    def __init__(self, answers: Sequence[AsyncGenerator[Piece]], limit: int):
+        self._limit = limit
+        self._pieces: deque[Piece] = deque()
+        self._news = asyncio.Event()
+        self._error: Exception | None = None
+        self._open = len(answers)
+        self._tasks = [asyncio.create_task(self._write(answer)) for answer in answers]
+
+    def __len__(self) -> int:
+        """How many choices there are."""
+        return len(self._tasks)
+
+    async def get(self, seconds: float | None = None) -> Piece | None:
+        """The next piece; None when there is none left. Raises TimeoutError, or what an answer has raised."""
+        while not self._pieces:
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return None
+            self._news.clear()
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        return self._pieces.popleft()
+
+    async def aclose(self) -> None:
+        """End what is still being written."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _write(self, answer: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(answer):
+                async for piece in answer:
+                    if len(self._pieces) >= self._limit:
+                        self._give_up(piece)
+                        return
+                    self._pieces.append(piece)
+                    self._news.set()
+        except Exception as error:  # noqa: BLE001 - raised where the answer is read
+            self._error = error
+        finally:
+            self._open -= 1
+            self._news.set()
+
+    def _give_up(self, piece: Piece) -> None:
+        self._pieces.append(Piece(piece.index, (), piece.used, failed=TOO_SLOW))
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+
+def begin(service: Service, asked: Asked, stops: Sequence[str]) -> Answers:
+    """Begin all choices. The caller closes what this returns."""
+    answers = [answer(service, asked, request, index, stops) for index, request in enumerate(asked.requests)]
+    return Answers(answers, service.settings.stream_buffer_events)
+
+
+async def answer(
+    service: Service, asked: Asked, request: GenerationRequest, index: int, stops: Sequence[str]
+) -> AsyncGenerator[Piece]:
+    """The pieces of one choice; the last has a reason or has failed. Closing it ends the request in the engine."""
+    text = TextStream(asked.serving.tokenizer, stops)
+    ends = {*asked.serving.eos, *request.sampling.stop_ids}
+    waiting: deque[ShownToken] = deque()
+    used = 0
+
+    def shown(pieces: Sequence[str]) -> tuple[ShownToken, ...]:
+        tokens = [(waiting.popleft(), piece) for piece in pieces]
+        return tuple(ShownToken(token.id, piece, token.logprobs, token.shares) for token, piece in tokens)
+
+    with service.permissions.watching(request.request_id, asked.decision, frozenset(asked.silos)):
+        async with aclosing(_events(asked, request)) as events:
+            async for event in events:
+                if isinstance(event, Tokens):
+                    used += len(event.ids)
+                    fresh = [token for token in _tokens(event) if token.id not in ends]
+                    waiting.extend(fresh)
+                    tokens = shown(text.push([token.id for token in fresh]))
+                    if text.stopped:
+                        yield Piece(index, tokens, used, "stop")
+                        return
+                    if tokens:
+                        yield Piece(index, tokens, used)
+                elif isinstance(event, Finished):
+                    tokens = shown(text.finish())
+                    yield Piece(index, tokens, used, "stop" if text.stopped else event.reason, event.shares)
+                else:
+                    yield Piece(index, (), used, failed=event)
+
+
+def _tokens(event: Tokens) -> list[ShownToken]:
+    count = len(event.ids)
+    logprobs = event.logprobs or (None,) * count
+    shares = event.shares or (None,) * count
+    return [ShownToken(*one) for one in zip(event.ids, ("",) * count, logprobs, shares, strict=True)]
+
+
+async def _events(asked: Asked, request: GenerationRequest) -> AsyncGenerator[Event]:
+    async with aclosing(asked.serving.engine.generate(request)) as events:
+        async for event in events:
+            yield event
