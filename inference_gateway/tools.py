@@ -80,6 +80,7 @@ class TaggedReader:
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
         self._held = ""
+        self._after_call = False
 
     def push(self, text: str) -> str:
         self._held += text
@@ -96,13 +97,17 @@ class TaggedReader:
             else:
                 out = self._between(out)
                 self.calls.append(call)
+                self._after_call = True
         sure = len(self._held) - _beginning(self._held, TaggedCalls.BEGIN)
         out, self._held = out + self._held[:sure], self._held[sure:]
         return self._between(out)
 
     def _between(self, out: str) -> str:
-        """White space after a call only parts it from the next."""
-        return out if out.strip() or not self.calls else ""
+        """White space after a call only parts it from what follows."""
+        if self._after_call:
+            out = out.lstrip()
+            self._after_call = not out
+        return out
 
     def finish(self) -> str:
         rest, self._held = self._held, ""

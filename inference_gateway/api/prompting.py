@@ -1,6 +1,6 @@
 """From messages or text to the tokens of a prompt, and from an answer's format to its grammar."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inference_gateway.api.chat_schema import ChatRequest, Conversation, JsonObjectFormat, JsonSchemaFormat, NamedTool
@@ -69,27 +69,37 @@ def answer_grammar(serving: Serving, chat: ChatRequest) -> str | None:
     wanted = chat.response_format
     if isinstance(wanted, JsonObjectFormat):
         return serving.grammars.json_schema(ANY_OBJECT)
+    if isinstance(wanted, JsonSchemaFormat):
+        return _checked(serving, wanted.json_schema.schema_, "response_format.json_schema.schema")
+    rules = _call_rules(serving, chat) if chat.may_call else None
     try:
-        if isinstance(wanted, JsonSchemaFormat):
-            return serving.grammars.json_schema(wanted.json_schema.schema_)
-        rules = _call_rules(serving, chat) if chat.may_call else None
         return None if rules is None else serving.grammars.lark(rules)
     except GrammarInvalid as error:
-        where = "tools" if chat.may_call else "response_format.json_schema.schema"
+        raise InvalidValue(f"tools: {error}", "tools") from None
+
+
+def _checked(serving: Serving, schema: Mapping[str, Any], where: str) -> str:
+    """The grammar of a schema. Raises InvalidValue with the reason why there is none."""
+    try:
+        return serving.grammars.json_schema(schema)
+    except GrammarInvalid as error:
         raise InvalidValue(f"{where}: {error}", where) from None
 
 
 def _call_rules(serving: Serving, chat: ChatRequest) -> str | None:
     functions = [tool.function for tool in chat.tools or ()]
     choice = chat.tool_choice
-    if choice == "required" or isinstance(choice, NamedTool):
-        only = choice.function.name if isinstance(choice, NamedTool) else None
-        schemas = {one.name: one.parameters or ANY_OBJECT for one in functions if only in (None, one.name)}
-        return tool_format(serving, chat).grammar(schemas)
-    if not any(one.strict for one in functions):
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    free = named is None and choice != "required"
+    if free and not any(one.strict for one in functions):
         return None
-    schemas = {one.name: (one.strict and one.parameters) or ANY_OBJECT for one in functions}
-    rules = tool_format(serving, chat).free_grammar(schemas)
+    schemas: dict[str, Mapping[str, Any]] = {}
+    for index, one in enumerate(functions):
+        if named in (None, one.name):
+            schemas[one.name] = (one.parameters if one.strict or not free else None) or ANY_OBJECT
+            _checked(serving, schemas[one.name], f"tools.{index}.function.parameters")
+    known = tool_format(serving, chat)
+    rules = known.free_grammar(schemas) if free else known.grammar(schemas)
     if rules is None:
         raise UnsupportedParameter(
             "strict functions are not supported with this model unless tool_choice is required", "tools"
