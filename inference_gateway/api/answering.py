@@ -3,12 +3,11 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from inference_gateway.api.asking import Asked
 from inference_gateway.engine.base import (
-    Event,
     Failed,
     Finished,
     GenerationRequest,
@@ -19,6 +18,7 @@ from inference_gateway.engine.base import (
 )
 from inference_gateway.service import Service
 from inference_gateway.text import TextStream
+from policy.keys import Principal
 
 TOO_SLOW = Failed(
     "reader_too_slow",
@@ -55,27 +55,31 @@ class Piece:
         return "".join(token.text for token in self.tokens)
 
 
-class Answers:
-    """Writes all choices at once and keeps at most ``limit`` pieces for a reader; a slower one gets ``TOO_SLOW``."""
+Opened = AbstractAsyncContextManager[Sequence[AsyncGenerator[Piece]]]
 
-    def __init__(self, answers: Sequence[AsyncGenerator[Piece]], limit: int):
+
+class Answers:
+    """Writes ``count`` choices at once and keeps at most ``limit`` pieces for a reader; a slower one gets ``TOO_SLOW``.
+
+    ``opened`` is entered first and left when all answers are over, in whatever way.
+    """
+
+    def __init__(self, opened: Opened, count: int, limit: int):
+        self.count = count
         self._limit = limit
         self._pieces: deque[Piece] = deque()
         self._news = asyncio.Event()
         self._error: Exception | None = None
-        self._open = len(answers)
-        self._tasks = [asyncio.create_task(self._write(answer)) for answer in answers]
-
-    def __len__(self) -> int:
-        """How many choices there are."""
-        return len(self._tasks)
+        self._over = False
+        self._writing: list[asyncio.Task[None]] = []
+        self._task = asyncio.create_task(self._run(opened))
 
     async def get(self, seconds: float | None = None) -> Piece | None:
         """The next piece; None when there is none left. Raises TimeoutError, or what an answer has raised."""
         while not self._pieces:
             if self._error is not None:
                 raise self._error
-            if not self._open:
+            if self._over:
                 return None
             self._news.clear()
             async with asyncio.timeout(seconds):
@@ -84,36 +88,53 @@ class Answers:
 
     async def aclose(self) -> None:
         """End what is still being written."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, opened: Opened) -> None:
+        try:
+            async with opened as answers:
+                self._writing = [asyncio.create_task(self._write(answer)) for answer in answers]
+                try:
+                    await asyncio.gather(*self._writing, return_exceptions=True)
+                finally:
+                    self._end(self._writing)
+                    await asyncio.gather(*self._writing, return_exceptions=True)
+        except Exception as error:  # noqa: BLE001 - raised where the answers are read
+            self._error = error
+        finally:
+            self._over = True
+            self._news.set()
 
     async def _write(self, answer: AsyncGenerator[Piece]) -> None:
         try:
             async with aclosing(answer):
                 async for piece in answer:
                     if len(self._pieces) >= self._limit:
-                        self._give_up(piece)
-                        return
-                    self._pieces.append(piece)
+                        self._pieces.append(Piece(piece.index, (), piece.used, failed=TOO_SLOW))
+                        self._end(self._writing)
+                    else:
+                        self._pieces.append(piece)
                     self._news.set()
-        except Exception as error:  # noqa: BLE001 - raised where the answer is read
+        except Exception as error:  # noqa: BLE001 - raised where the answers are read
             self._error = error
-        finally:
-            self._open -= 1
             self._news.set()
 
-    def _give_up(self, piece: Piece) -> None:
-        self._pieces.append(Piece(piece.index, (), piece.used, failed=TOO_SLOW))
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+    def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
 
 
-def begin(service: Service, asked: Asked, stops: Sequence[str]) -> Answers:
+def begin(service: Service, caller: Principal, asked: Asked, stops: Sequence[str]) -> Answers:
     """Begin all choices. The caller closes what this returns."""
-    answers = [answer(service, asked, request, index, stops) for index, request in enumerate(asked.requests)]
-    return Answers(answers, service.settings.stream_buffer_events)
+    return Answers(_opened(service, caller, asked, stops), len(asked.requests), service.settings.stream_buffer_events)
+
+
+@asynccontextmanager
+async def _opened(
+    service: Service, caller: Principal, asked: Asked, stops: Sequence[str]
+) -> AsyncGenerator[Sequence[AsyncGenerator[Piece]]]:
+    yield [answer(service, asked, request, index, stops) for index, request in enumerate(asked.requests)]
 
 
 async def answer(
@@ -130,7 +151,7 @@ async def answer(
         return tuple(ShownToken(token.id, piece, token.logprobs, token.shares) for token, piece in tokens)
 
     with service.permissions.watching(request.request_id, asked.decision, frozenset(asked.silos)):
-        async with aclosing(_events(asked, request)) as events:
+        async with aclosing(asked.serving.engine.generate(request)) as events:
             async for event in events:
                 if isinstance(event, Tokens):
                     used += len(event.ids)
@@ -154,9 +175,3 @@ def _tokens(event: Tokens) -> list[ShownToken]:
     logprobs = event.logprobs or (None,) * count
     shares = event.shares or (None,) * count
     return [ShownToken(*one) for one in zip(event.ids, ("",) * count, logprobs, shares, strict=True)]
-
-
-async def _events(asked: Asked, request: GenerationRequest) -> AsyncGenerator[Event]:
-    async with aclosing(asked.serving.engine.generate(request)) as events:
-        async for event in events:
-            yield event

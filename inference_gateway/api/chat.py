@@ -30,7 +30,7 @@ async def chat_completions(request: Request, service: ServiceDep, caller: Caller
         return Wanted([chat_prompt(serving, chat)], "messages", answer_grammar(serving, chat))
 
     asked = await prepare(service, caller.user_id, chat, want)
-    return await answered(request, service, asked, chat, ChatFormat(asked, chat))
+    return await answered(request, service, caller, asked, chat, ChatFormat(asked, chat))
 
 
 class ChatFormat:

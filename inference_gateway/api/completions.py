@@ -28,7 +28,7 @@ async def completions(request: Request, service: ServiceDep, caller: Caller, bod
         return Wanted([text_prompt(serving, prompt) for prompt in body.prompts], "prompt")
 
     asked = await prepare(service, caller.user_id, body, want)
-    return await answered(request, service, asked, body, CompletionFormat(asked, body))
+    return await answered(request, service, caller, asked, body, CompletionFormat(asked, body))
 
 
 class CompletionFormat:

@@ -16,6 +16,7 @@ from inference_gateway.api.errors import failed_status, respond
 from inference_gateway.api.schema import GenerationBody
 from inference_gateway.api.streaming import EventStream, Form, events, first_piece
 from inference_gateway.service import Service
+from policy.keys import Principal
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
@@ -40,10 +41,12 @@ def headers_of(request: Request, asked: Asked) -> dict[str, str]:
     }
 
 
-async def answered(request: Request, service: Service, asked: Asked, body: GenerationBody, written: Format) -> Response:
+async def answered(
+    request: Request, service: Service, caller: Principal, asked: Asked, body: GenerationBody, written: Format
+) -> Response:
     """Generate all choices and write them."""
     headers = headers_of(request, asked)
-    answers = begin(service, asked, body.stops)
+    answers = begin(service, caller, asked, body.stops)
     if body.stream:
         return await _stream(service, answers, body, written.parts(), headers)
     return await _plain(answers, written, headers, request)
@@ -68,7 +71,7 @@ async def _plain(answers: Answers, written: Format, headers: Mapping[str, str], 
 
 async def _collect(answers: Answers) -> Piece | list[tuple[list[ShownToken], Piece]]:
     """All tokens and the last piece of each choice, or the piece with which one has failed."""
-    tokens: list[list[ShownToken]] = [[] for _ in range(len(answers))]
+    tokens: list[list[ShownToken]] = [[] for _ in range(answers.count)]
     ends: dict[int, Piece] = {}
     while (piece := await answers.get()) is not None:
         if piece.failed is not None:
@@ -76,7 +79,7 @@ async def _collect(answers: Answers) -> Piece | list[tuple[list[ShownToken], Pie
         tokens[piece.index] += piece.tokens
         if piece.reason is not None:
             ends[piece.index] = piece
-    return [(tokens[index], ends[index]) for index in range(len(answers))]
+    return [(tokens[index], ends[index]) for index in range(answers.count)]
 
 
 async def _left(request: Request) -> None:

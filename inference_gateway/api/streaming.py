@@ -88,12 +88,12 @@ async def events(
         if piece.reason is not None:
             ends.append(piece)
         written = [{**form.head, "choices": [choice], **silent} for choice in form.choices(piece)]
-        if len(ends) == len(answers):
+        if len(ends) == answers.count:
             written[-1] |= form.closing(ends)
         for body in written:
             yield _event(body)
         piece = None
-    if include_usage and len(ends) == len(answers):
+    if include_usage and len(ends) == answers.count:
         yield _event({**form.head, "choices": [], "usage": form.usage(ends)})
     yield b"data: [DONE]\n\n"
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def test_a_client_that_leaves_in_silence_ends_its_request(own: Running) -> None:
 
     with scripted(own, silent) as engine:
         with own.http("alice").stream("POST", "/v1/chat/completions", json=CHAT) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             assert engine.running == 1
         wait_until(lambda: engine.running == 0, 5)
 
@@ -198,7 +200,7 @@ def test_pieces_beyond_the_limit_end_every_choice() -> None:
             await asyncio.sleep(0)
 
     async def read() -> list[Piece]:
-        answers = Answers([endless(0), endless(1)], 5)
+        answers = Answers(nullcontext([endless(0), endless(1)]), 2, 5)
         await asyncio.sleep(0.05)
         pieces = []
         while (piece := await answers.get(1)) is not None:
