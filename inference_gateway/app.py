@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway.api import chat, errors, health, metrics, models
+from inference_gateway.api import chat, completions, errors, health, metrics, models, tokenize
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
 from inference_gateway.api.observing import Observing
@@ -13,7 +13,9 @@ from inference_gateway.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """Routes under /v1 need an API key; /healthz and /readyz need none, /metrics one of scope metrics."""
+    """Routes under /v1, /tokenize and /detokenize need an API key, /metrics one of scope metrics; /healthz and /readyz
+    need none.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -27,8 +29,10 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)])
     v1.include_router(chat.router)
+    v1.include_router(completions.router)
     v1.include_router(models.router)
     app.include_router(v1)
+    app.include_router(tokenize.router, dependencies=[Depends(authenticated)])
     app.include_router(health.router)
     app.include_router(metrics.router)
     errors.install(app)

@@ -101,3 +101,15 @@ class BundleDigestMismatch(GatewayError):
     """The bytes that arrived are not the sealed bundle that the coordinator registered."""
 
     code = "bundle_digest_mismatch"
+
+
+class GrammarInvalid(GatewayError):
+    """A schema or grammar that cannot be turned into something an answer can be held to."""
+
+    code = "grammar_invalid"
+
+
+class GrammarTooComplex(GatewayError):
+    """A grammar turned out to be too complex while the answer was being written."""
+
+    code = "grammar_too_complex"

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inference_gateway.admission import Admission
 from inference_gateway.coordinator_client import CoordinatorClient
@@ -32,6 +32,9 @@ from seqr.keys import SealingKey, SigningKey, VerifyKey
 from seqr.plan import Plan, verify_plan
 from seqr.public_text import calibration_texts, chat_frame
 
+if TYPE_CHECKING:  # needs torch
+    from inference_gateway.grammar import Grammars
+
 log = logging.getLogger(__name__)
 
 MAX_API_KEY_BYTES = 4096
@@ -47,6 +50,9 @@ class Serving:
     intake: Intake
     # What every conversation begins and ends with: no evidence of anything.
     frame: ChatFrame
+    grammars: "Grammars"
+    vocabulary: int
+    eos: tuple[int, ...]
 
     def resident(self) -> Mapping[str, AdapterKey]:
         """The adapters that new requests can use, by silo."""
@@ -151,6 +157,7 @@ class Service:
         import torch
 
         from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+        from inference_gateway.grammar import Grammars
         from seqr.logs import adopt
         from seqr.models import base_model_digest, load_base_model
         from seqr.public_calibration import collect_z
@@ -188,10 +195,12 @@ class Service:
             settings.kv_tokens,
             max_model_length=settings.max_model_length,
         )
-        engine = TransformersEngine(model, plan, self.permissions, _eos(model, tokenizer), limits)
+        eos, vocabulary = _eos(model, tokenizer), int(model.get_output_embeddings().weight.shape[0])
+        grammars = Grammars(tokenizer, vocabulary, eos)
+        engine = TransformersEngine(model, plan, self.permissions, eos, limits, grammars.matcher)
         self.waiting_for = "the engine"
         intake = Intake(self._client, engine, plan, self._sealing_key, self._signing_key, z)
-        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer))
+        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer), grammars, vocabulary, tuple(eos))
 
 
 def _eos(model: Any, tokenizer: Any) -> list[int]:

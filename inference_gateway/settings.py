@@ -74,6 +74,10 @@ class Settings(FileSettings):
     kv_tokens: int = Field(default=16_384, ge=64)
     max_model_length: int | None = Field(default=None, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
+    # A stream that is silent for this long sends a comment, so that nothing on the way takes it for dead.
+    keep_alive_seconds: float = Field(default=15, gt=0)
+    # A reader that falls behind by more events than this loses its stream.
+    stream_buffer_events: int = Field(default=256, ge=1)
     # Processor threads of the engine; unset leaves the choice to torch.
     threads: int | None = Field(default=None, ge=1)
 

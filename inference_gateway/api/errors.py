@@ -15,7 +15,14 @@ from seqr.errors import SeqrError
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 # A request that ended while it ran: the status when nothing has been sent yet.
-FAILED_STATUS = {"permission_revoked": 403, "policy_unavailable": 503, "adapter_replaced": 503, "request_timeout": 504}
+FAILED_STATUS = {
+    "permission_revoked": 403,
+    "policy_unavailable": 503,
+    "adapter_replaced": 503,
+    "grammar_too_complex": 400,
+    "reader_too_slow": 408,
+    "request_timeout": 504,
+}
 
 
 class ApiError(SeqrError):
@@ -98,6 +105,11 @@ def error_body(message: str, code: str, status: int, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def server_fault() -> dict[str, Any]:
+    """The body of an unexpected error: the server logs the cause, the caller learns nothing about it."""
+    return error_body("the request could not be served because of an internal error", "internal_error", 500)
+
+
 def failed_status(failed: Failed) -> int:
     """The HTTP status for a request that failed before anything was sent."""
     return FAILED_STATUS.get(failed.code, 500)
@@ -164,4 +176,4 @@ async def _http_error(_request: Request, error: Any) -> JSONResponse:
 
 def unexpected() -> JSONResponse:
     """The answer to a request that met a defect. The log has the cause; the caller learns nothing about it."""
-    return respond("the request could not be served because of an internal error", "internal_error", 500)
+    return JSONResponse(server_fault(), 500)
