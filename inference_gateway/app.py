@@ -5,15 +5,18 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway.api import chat, errors, health, models
+from inference_gateway.api import chat, completions, errors, health, metrics, models, tokenize
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
+from inference_gateway.api.observing import Observing
 from inference_gateway.playground import create_router as playground_router
 from inference_gateway.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """Routes under /v1 need an API key; /healthz and /readyz need none."""
+    """Routes under /v1, /tokenize and /detokenize need an API key, /metrics one of scope metrics; /healthz and /readyz
+    need none.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -27,11 +30,15 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)])
     v1.include_router(chat.router)
+    v1.include_router(completions.router)
     v1.include_router(models.router)
     app.include_router(v1)
+    app.include_router(tokenize.router, dependencies=[Depends(authenticated)])
     app.include_router(health.router)
     if service.settings.playground:  # a page for everybody, with nothing of this gateway in it
         app.include_router(playground_router())
+    app.include_router(metrics.router)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(Observing, metrics=service.metrics)
     return app

@@ -33,6 +33,41 @@ class NotReady(GatewayError):
     code = "not_ready"
 
 
+class Refused(GatewayError):
+    """A request that the gateway does not take now. ``retry_after``: whole seconds; None where waiting cannot help."""
+
+    status = 503
+    kind = "server_error"
+
+    def __init__(self, message: str, retry_after: int | None = 1):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RateLimited(Refused):
+    """A limit of the user or of the key is reached. ``limit`` is its name in ``policy.limits.Limits``."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+
+    def __init__(self, message: str, limit: str, retry_after: int | None):
+        super().__init__(message, retry_after)
+        self.limit = limit
+        self.kind = "tokens" if limit.startswith("tokens") else "requests"
+
+
+class Overloaded(Refused):
+    """Too many requests wait already."""
+
+    code = "overloaded"
+
+
+class QueueTimeout(Refused):
+    """No place became free while the request was willing to wait."""
+
+    code = "queue_timeout"
+
+
 class BaseModelMismatch(GatewayError):
     """The base model on this machine is not the one the plan was made for."""
 
@@ -66,3 +101,15 @@ class BundleDigestMismatch(GatewayError):
     """The bytes that arrived are not the sealed bundle that the coordinator registered."""
 
     code = "bundle_digest_mismatch"
+
+
+class GrammarInvalid(GatewayError):
+    """A schema or grammar that cannot be turned into something an answer can be held to."""
+
+    code = "grammar_invalid"
+
+
+class GrammarTooComplex(GatewayError):
+    """A grammar turned out to be too complex while the answer was being written."""
+
+    code = "grammar_too_complex"

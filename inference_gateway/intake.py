@@ -47,9 +47,14 @@ class Checked:
 
 @dataclass
 class IntakeStatus:
-    """What an operator wants to know. ``settled``: every active revision has been loaded or refused at least once."""
+    """What an operator wants to know. ``settled``: every active revision has been loaded or refused at least once.
+
+    ``loaded`` and ``removed`` count adapters since the start.
+    """
 
     settled: bool = False
+    loaded: int = 0
+    removed: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     other_plans: set[str] = field(default_factory=set)
     last_error: str | None = None
@@ -164,6 +169,7 @@ class Intake:
                 return
         before = [k for k in self._engine.info().adapters if k.silo_id == one.silo_id]
         version = await self._engine.load(checked.key, checked.adapter, checked.statistics)
+        self.status.loaded += 1
         for key in before:
             self._left[key.silo_id, key.revision] = version
         self._norms[one.silo_id] = adapter_norms(checked.adapter)
@@ -208,6 +214,7 @@ class Intake:
         for key in self._engine.info().adapters:
             if (key.silo_id, key.revision) not in active:
                 self._left[key.silo_id, key.revision] = await self._engine.revoke(key)
+                self.status.removed += 1
                 self._norms.pop(key.silo_id, None)
                 log.info("%s has left the library", key)
 

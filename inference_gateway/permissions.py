@@ -10,6 +10,7 @@ from inference_gateway.engine.base import Failed
 from policy.decision import Decision
 from policy.errors import PolicyError
 from policy.keys import Principal
+from policy.limits import Limits
 from policy.reader import PolicyReader
 
 REVOKED = Failed(
@@ -41,15 +42,19 @@ class Permissions:
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
 
-    def authenticate(self, presented: str) -> Principal:
+    def authenticate(self, presented: str, scope: str = "chat") -> Principal:
         """Whose key this is. Raises KeyUnknown, KeyRevoked, KeyExpired, UserDisabled or ScopeMissing."""
         principal = self._reader.authenticate(presented, self._clock())
-        principal.require("chat")
+        principal.require(scope)
         return principal
 
     def decide(self, user_id: str) -> Decision:
         """The silos the user may use now; raises PolicyError when the policy cannot be read."""
         return self._reader.permitted(user_id, self._clock())
+
+    def limits(self, principal: Principal) -> tuple[Limits, Limits]:
+        """What the policy sets for the user and for the key; raises PolicyError when it cannot be read."""
+        return self._reader.limits(principal.user_id, principal.key_id)
 
     @contextmanager
     def watching(self, request_id: str, decision: Decision, silos: frozenset[str]) -> Iterator[None]:

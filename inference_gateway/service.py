@@ -5,8 +5,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from inference_gateway.admission import Admission
 from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.engine.base import AdapterKey, Engine
 from inference_gateway.errors import (
@@ -18,6 +19,7 @@ from inference_gateway.errors import (
     SettingsInvalid,
 )
 from inference_gateway.intake import Intake
+from inference_gateway.metrics import Metrics
 from inference_gateway.permissions import Permissions
 from inference_gateway.settings import Settings
 from policy.db import create_engine_for
@@ -29,6 +31,9 @@ from seqr.frame import ChatFrame
 from seqr.keys import SealingKey, SigningKey, VerifyKey
 from seqr.plan import Plan, verify_plan
 from seqr.public_text import calibration_texts, chat_frame
+
+if TYPE_CHECKING:  # needs torch
+    from inference_gateway.grammar import Grammars
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,9 @@ class Serving:
     intake: Intake
     # What every conversation begins and ends with: no evidence of anything.
     frame: ChatFrame
+    grammars: "Grammars"
+    vocabulary: int
+    eos: tuple[int, ...]
 
     def resident(self) -> Mapping[str, AdapterKey]:
         """The adapters that new requests can use, by silo."""
@@ -70,6 +78,9 @@ class Service:
         self._database = create_engine_for(settings.policy_database_url)
         self._reader = PolicyReader(self._database, load_pepper(settings.policy_pepper_file))
         self.permissions = Permissions(self._reader)
+        self.metrics = Metrics()
+        self.admission = Admission(settings, self.metrics)
+        self.metrics.watch(self)
         self._serving: Serving | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: SeqrError | None = None
@@ -88,6 +99,11 @@ class Service:
         await self._client.aclose()
         self._reader.close()
         self._database.dispose()
+
+    @property
+    def loaded(self) -> Serving | None:
+        """What is there to serve with, ready or not; None while the model is being loaded."""
+        return self._serving
 
     @property
     def serving(self) -> Serving:
@@ -141,11 +157,14 @@ class Service:
         import torch
 
         from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+        from inference_gateway.grammar import Grammars
+        from seqr.logs import adopt
         from seqr.models import base_model_digest, load_base_model
         from seqr.public_calibration import collect_z
         from seqr.routed_linear import adapt_model
         from seqr.shared_a import verify_a
 
+        adopt("transformers", "ContinuousBatchingLogger")
         settings = self.settings
         if self._sealing_key.public.to_b64() not in {key.sealing_key for key in plan.gateway_keys}:
             raise GatewayKeyNotInPlan(
@@ -176,10 +195,12 @@ class Service:
             settings.kv_tokens,
             max_model_length=settings.max_model_length,
         )
-        engine = TransformersEngine(model, plan, self.permissions, _eos(model, tokenizer), limits)
+        eos, vocabulary = _eos(model, tokenizer), int(model.get_output_embeddings().weight.shape[0])
+        grammars = Grammars(tokenizer, vocabulary, eos)
+        engine = TransformersEngine(model, plan, self.permissions, eos, limits, grammars.matcher)
         self.waiting_for = "the engine"
         intake = Intake(self._client, engine, plan, self._sealing_key, self._signing_key, z)
-        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer))
+        return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer), grammars, vocabulary, tuple(eos))
 
 
 def _eos(model: Any, tokenizer: Any) -> list[int]:

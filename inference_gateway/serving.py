@@ -1,21 +1,20 @@
 """Runs the gateway's application under uvicorn."""
 
 import asyncio
-import logging
 
 import uvicorn
 
 from inference_gateway.app import create_app
 from inference_gateway.service import Service
 from inference_gateway.settings import Settings
+from seqr.logs import configure
 
 SHUTDOWN_S = 5
 
 
 def run(settings: Settings) -> None:
     """Serve until a signal; raises the error that kept the gateway from starting."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure(settings.log_format)
     service = Service(settings)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -1,17 +1,41 @@
 """The gateway's settings, read from ``gateway.toml``; ``SEQR_GATEWAY_*`` variables win over it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
 from inference_gateway.errors import SettingsInvalid
+from policy.limits import Limits
 from seqr.settings import FileSettings, read_toml, wrong_fields
 
 CONFIG_NAME = "gateway.toml"
 # What `serve` cannot do without, and `init` need not know yet.
 REQUIRED = ("coordinator_url", "coordinator_public_key", "policy_database_url", "base_model")
+
+
+class SubjectLimits(BaseModel):
+    """What one user, or one key, may ask for; unset means without limit. See ``policy.limits.Limits``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_day: int | None = Field(default=None, ge=1)
+    concurrent_requests: int | None = Field(default=None, ge=1)
+
+    def limits(self) -> Limits:
+        return Limits(**self.model_dump())
+
+
+class DefaultLimits(BaseModel):
+    """Limits of every user and every key for whom the policy sets none; the tables [limits.user] and [limits.key]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    user: SubjectLimits = SubjectLimits()
+    key: SubjectLimits = SubjectLimits()
 
 
 class Settings(FileSettings):
@@ -42,12 +66,26 @@ class Settings(FileSettings):
     max_concurrent: int = Field(default=16, ge=1, le=1024)
     # Requests that wait for one of the places; beyond them the gateway answers 503 at once.
     max_waiting: int = Field(default=256, ge=0)
+    queue_timeout_seconds: float = Field(default=60, gt=0)
+    # From a request's arrival to the last token of its answer.
+    request_timeout_seconds: float = Field(default=600, gt=0)
+    # Unset: what the model's context holds.
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    limits: DefaultLimits = DefaultLimits()
     max_batch_tokens: int = Field(default=256, ge=1)
     kv_tokens: int = Field(default=16_384, ge=64)
     max_model_length: int | None = Field(default=None, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
+    # A stream that is silent for this long sends a comment, so that nothing on the way takes it for dead.
+    keep_alive_seconds: float = Field(default=15, gt=0)
+    # A reader that falls behind by more events than this loses its stream.
+    stream_buffer_events: int = Field(default=256, ge=1)
     # Processor threads of the engine; unset leaves the choice to torch.
     threads: int | None = Field(default=None, ge=1)
+
+    log_format: Literal["text", "json"] = "text"
+    # Count each silo's share in every answer for /metrics, not only in those that were asked for attribution.
+    count_all_shares: bool = False
 
     def model_post_init(self, _context: Any) -> None:
         directory = self.directory.expanduser().absolute()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policy.commands import access, ask, keys, people, records
+from policy.commands import access, ask, keys, limits, people, records
 from policy.commands.common import group
 
 app = group("Who may use which silo: users, groups, grants, keys, and the record of every change.")
@@ -15,6 +15,7 @@ app.command("grant")(access.grant)
 app.command("revoke")(access.revoke)
 app.command("grants")(access.grants)
 app.add_typer(keys.key_app, name="key")
+app.add_typer(limits.limits_app, name="limits")
 app.command("permitted")(ask.permitted)
 app.command("check")(ask.check)
 app.command("explain")(ask.explain)

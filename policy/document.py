@@ -19,6 +19,7 @@ import yaml
 
 from policy.errors import PolicyError, PolicyFileInvalid
 from policy.ids import check_id, check_reason, check_text, parse_subject
+from policy.limits import NAMES, Limits, check_limits
 from policy.models import EFFECTS, SILO_STATUSES
 from policy.times import Never, parse_time
 from policy.users import check_roles
@@ -31,6 +32,7 @@ class UserEntry:
     roles: tuple[str, ...] | None
     display_name: str
     disabled: bool
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,14 @@ def _named(section: str, kind: str, top: Mapping[str, Any], build: Any) -> dict[
 
 
 def _user(where: str, entry: Any) -> UserEntry:
-    fields = _fields(where, entry, {"roles", "display_name", "disabled"})
+    fields = _fields(where, entry, {"roles", "display_name", "disabled", "limits"})
     roles = None if "roles" not in fields else tuple(_checked(where, check_roles, _texts(where, fields["roles"])))
     disabled = fields.get("disabled", False)
     if not isinstance(disabled, bool):
         raise PolicyFileInvalid(f"{where}.disabled", "it must be true or false")
-    return UserEntry(roles, _text(where, fields, "display_name") or "", disabled)
+    numbers = _fields(f"{where}.limits", fields.get("limits", {}), set(NAMES))
+    limits = _checked(f"{where}.limits", check_limits, Limits(**numbers))
+    return UserEntry(roles, _text(where, fields, "display_name") or "", disabled, limits)
 
 
 def _group(where: str, entry: Any) -> GroupEntry:

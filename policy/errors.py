@@ -91,6 +91,27 @@ class _NotOneOf(InvalidInput):
         super().__init__(f"{value!r:.60} is no {self.kind}; use one of {', '.join(known)}.")
 
 
+class LimitSubjectMalformed(InvalidInput):
+    code = "limit_subject_malformed"
+
+    def __init__(self, value: object) -> None:
+        super().__init__(f"{value!r:.80} is neither user:ID nor key:ID.")
+
+
+class LimitInvalid(InvalidInput):
+    code = "limit_invalid"
+
+    def __init__(self, name: str, value: object) -> None:
+        super().__init__(f"{name} is {value!r:.40}; it must be a whole number from 1 to 2**53.")
+
+
+class NoLimitGiven(InvalidInput):
+    code = "no_limit_given"
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(f"No limit is given; give one or more of {', '.join(names)}.")
+
+
 class EffectUnknown(_NotOneOf):
     code, kind = "effect_unknown", "effect"
 
@@ -152,6 +173,13 @@ class KeyIdUnknown(NotFound):
 
     def __init__(self, key_id: str) -> None:
         super().__init__(f"There is no key with the id {key_id!r:.60}; list the keys to find it.")
+
+
+class LimitsNotSet(NotFound):
+    code = "limits_not_set"
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(f"No limits are set for {subject!r:.80}; the gateway's defaults count for it.")
 
 
 class MembershipUnknown(NotFound):

@@ -34,6 +34,7 @@ from policy.errors import (
 )
 from policy.grants import end_of
 from policy.ids import check_id
+from policy.limits import pass_on
 from policy.models import SCOPES, ApiKey, User
 from policy.times import DEFAULT_LIFETIME, MICROSECOND, Never, iso, to_micros
 from policy.transaction import Change
@@ -52,7 +53,7 @@ SCOPES_OF_ROLE: Final[dict[str, frozenset[str]]] = {
     "auditor": frozenset({"audit"}),
     "analyst": frozenset({"chat"}),
     "silo_owner": frozenset({"chat", "deletions"}),
-    "service": frozenset({"gateway", "chat"}),
+    "service": frozenset({"gateway", "chat", "metrics"}),
 }
 
 
@@ -191,9 +192,10 @@ def revoke_key(change: Change, key_id: str) -> None:
 def rotate_key(
     change: Change, pepper: bytes, key_id: str, expires_at: datetime | Never | None, overlap: timedelta
 ) -> IssuedKey:
-    """A new key with the same user and scopes. The old one ends at once, or after `overlap` if that is sooner."""
+    """A new key with the same user, scopes and limits. The old one ends now, or after `overlap` if sooner."""
     key = _require_key(change.connection, key_id)
     issued = create_key(change, pepper, key["user_id"], key["scopes"].split(), expires_at)
+    pass_on(change, key_id, issued.key_id)
     if overlap > timedelta(0):
         end = change.now + overlap // MICROSECOND
         end = end if key["expires_at"] is None else min(end, key["expires_at"])

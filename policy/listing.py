@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from policy.models import ApiKey, Grant, Group, GroupGroup, GroupUser, Silo, SiloOwner, User, UserRole
+from policy.models import ApiKey, Grant, Group, GroupGroup, GroupUser, Silo, SiloOwner, UsageLimit, User, UserRole
 from policy.times import iso
 
 Row = dict[str, Any]
@@ -95,6 +95,11 @@ def keys(connection: Connection) -> list[Row]:
         }
         for row in connection.execute(select(ApiKey.__table__).order_by(ApiKey.created_at, ApiKey.key_id)).mappings()
     ]
+
+
+def limits(connection: Connection) -> list[Row]:
+    """What is set for users and keys, by subject; None: the gateway's default."""
+    return [dict(row) for row in connection.execute(select(UsageLimit.__table__).order_by("subject")).mappings()]
 
 
 def _gather(

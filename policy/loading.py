@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from policy import grants, listing, silos, users
+from policy import grants, limits, listing, silos, users
 from policy.document import GrantEntry, PolicyDocument, SiloEntry
 from policy.errors import PolicyFileInvalid
 from policy.times import iso, to_micros
@@ -29,6 +29,7 @@ def apply(change: Change, document: PolicyDocument, prune: bool) -> list[str]:
 
 def _users(change: Change, document: PolicyDocument, notes: list[str]) -> None:
     present = _by("user_id", listing.users(change.connection))
+    set_now = _by("subject", listing.limits(change.connection))
     for user_id, entry in document.users.items():
         row = present.get(user_id)
         if row is None:
@@ -37,6 +38,9 @@ def _users(change: Change, document: PolicyDocument, notes: list[str]) -> None:
             )
         elif entry.roles is not None and list(entry.roles) != row["roles"]:
             users.set_roles(change, user_id, entry.roles)
+        differs = any(set_now.get(f"user:{user_id}", {}).get(n) != v for n, v in entry.limits.given().items())
+        if differs:
+            limits.set_limits(change, f"user:{user_id}", entry.limits)
         disabled = row is not None and row["status"] == "disabled"
         if entry.disabled and not disabled:
             users.set_user_status(change, user_id, "disabled")

@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, MetaData,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ROLES: Final = ("admin", "privacy_officer", "auditor", "analyst", "silo_owner", "service")
-SCOPES: Final = ("chat", "admin", "deletions", "audit", "gateway")
+SCOPES: Final = ("chat", "admin", "deletions", "audit", "gateway", "metrics")
 SILO_STATUSES: Final = ("active", "quarantined", "suspended")
 EFFECTS: Final = ("allow", "deny")
 
@@ -157,6 +157,18 @@ class ApiKey(Base):
     created_at: Mapped[int] = mapped_column(BigInteger)
     expires_at: Mapped[int | None] = mapped_column(BigInteger)
     revoked_at: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class UsageLimit(Base):
+    """What a gateway admits from `subject`, user:ID or key:ID; NULL leaves a number to the gateway's default."""
+
+    __tablename__ = "usage_limits"
+
+    subject: Mapped[str] = mapped_column(Id, primary_key=True)
+    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    concurrent_requests: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class AuditRow(Base):

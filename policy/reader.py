@@ -15,6 +15,7 @@ from policy import decision, keys
 from policy.decision import Decision
 from policy.errors import DatabaseUnreachable, PepperMissing
 from policy.keys import Principal
+from policy.limits import Limits, limits_of
 from policy.transaction import named_database_errors
 
 T = TypeVar("T")
@@ -46,6 +47,10 @@ class PolicyReader:
             raise PepperMissing
         pepper = self._pepper
         return self._read(lambda connection: keys.authenticate(connection, presented, at, pepper=pepper))
+
+    def limits(self, user_id: str, key_id: str) -> tuple[Limits, Limits]:
+        """What is set for the user and for the key; what is not set is the gateway's to say."""
+        return self._read(lambda connection: limits_of(connection, user_id, key_id))
 
     def close(self) -> None:
         with self._lock:

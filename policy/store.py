@@ -19,6 +19,7 @@ from policy.diff import Diff, compare
 from policy.errors import PepperMissing
 from policy.ids import check_text
 from policy.keys import IssuedKey
+from policy.limits import Limits, clear_limits, set_limits
 from policy.times import Never, from_micros, to_micros, utc_now
 from policy.transaction import Change, change, named_database_errors
 
@@ -249,6 +250,14 @@ class PolicyStore:
     def revoke_key(self, key_id: str, **how: Unpack[Write]) -> int:
         """Raises KeyIdUnknown, KeyAlreadyRevoked."""
         return self._versioned(lambda tx: keys.revoke_key(tx, key_id), how)
+
+    def set_limits(self, subject: str, limits: Limits, **how: Unpack[Write]) -> int:
+        """Sets the numbers given, for user:ID or key:ID. Raises NoLimitGiven, LimitInvalid, UserUnknown..."""
+        return self._versioned(lambda tx: set_limits(tx, subject, limits), how)
+
+    def clear_limits(self, subject: str, **how: Unpack[Write]) -> int:
+        """The gateway's defaults count again for the subject. Raises LimitsNotSet."""
+        return self._versioned(lambda tx: clear_limits(tx, subject), how)
 
     def _require_pepper(self) -> bytes:
         if self._pepper is None:

@@ -21,6 +21,7 @@ from policy.decision import permitted, permitted_for_all
 from policy.diff import Diff, compare
 from policy.document import Assertion, PolicyDocument
 from policy.errors import PolicyTestsFailed
+from policy.limits import NAMES
 from policy.loading import apply
 from policy.store import PolicyStore
 from policy.times import from_micros, iso, to_micros, utc_now
@@ -44,10 +45,14 @@ class LoadReport:
 
 
 def export(connection: Connection, at: datetime) -> str:
-    """The policy as YAML: everything but keys, audit rows, and grants that are revoked or over at `at`."""
+    """The policy as YAML: everything but keys and their limits, audit rows, and grants revoked or over at `at`."""
     now = iso(to_micros(at)) or ""
+    limits = {row["subject"]: row for row in listing.limits(connection)}
     document = {
-        "users": {row["user_id"]: _user(row) for row in listing.users(connection)},
+        "users": {
+            row["user_id"]: _user(row) | _limits(limits.get(f"user:{row['user_id']}"))
+            for row in listing.users(connection)
+        },
         "groups": {
             row["group_id"]: {"display_name": row["display_name"], "members": row["members"]}
             for row in listing.groups(connection)
@@ -127,6 +132,11 @@ def _user(row: dict[str, Any]) -> dict[str, Any]:
     return {"display_name": row["display_name"], "roles": row["roles"]} | (
         {"disabled": True} if row["status"] == "disabled" else {}
     )
+
+
+def _limits(row: dict[str, Any] | None) -> dict[str, Any]:
+    given = {name: row[name] for name in NAMES if row[name] is not None} if row else {}
+    return {"limits": given} if given else {}
 
 
 def _silo(row: dict[str, Any]) -> dict[str, Any]:

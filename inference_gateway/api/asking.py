@@ -1,70 +1,91 @@
-"""From a chat request to an engine request: what may be used, what is asked, how long the answer may get."""
+"""From a body to engine requests: what may be used, what is asked, how long the answer may get."""
 
+import hashlib
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from fastapi.concurrency import run_in_threadpool
 
-from inference_gateway.api.errors import ContextLengthExceeded, MessagesInvalid, Overloaded, SiloUnavailable
+from inference_gateway.api.errors import ContextLengthExceeded, InvalidValue, SiloUnavailable
 from inference_gateway.api.models import SILO_PREFIX, not_found
-from inference_gateway.api.schema import ChatRequest
+from inference_gateway.api.prompting import check_tokens
+from inference_gateway.api.schema import GenerationBody
 from inference_gateway.engine.base import GenerationRequest, Sampling
 from inference_gateway.service import Service, Serving
 from policy.decision import Decision
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a body asks for, in tokens. ``param`` names the field that the prompts come from."""
+
+    prompts: Sequence[Sequence[int]]
+    param: str
+    grammar: str | None = None
+
+
+@dataclass(frozen=True)
 class Asked:
-    """One admitted request. ``silos`` are those that may shape the answer, all permitted and resident."""
+    """One admitted body. ``silos`` are those that may shape the answers, all permitted and resident.
+
+    ``requests``: one for each choice; the choices of one prompt follow each other.
+    """
 
     serving: Serving
     decision: Decision
     silos: tuple[str, ...]
-    request: GenerationRequest
+    requests: tuple[GenerationRequest, ...]
+    prompt_tokens: int
     model: str
+
+    @property
+    def request(self) -> GenerationRequest:
+        """The first request; all have the same adapters and options."""
+        return self.requests[0]
 
     @property
     def library_version(self) -> str:
         return self.serving.library_version(self.request.adapters)
 
 
-async def prepare(service: Service, user_id: str, chat: ChatRequest) -> Asked:
-    """Raises NotReady, Overloaded, ModelNotFound, SiloUnavailable, MessagesInvalid, ContextLengthExceeded, or a
-    PolicyError when the policy cannot be read.
+async def prepare(service: Service, user_id: str, body: GenerationBody, want: Callable[[Serving], Wanted]) -> Asked:
+    """Raises NotReady, ModelNotFound, SiloUnavailable, ContextLengthExceeded, InvalidValue, whatever
+    ``want`` raises, or a PolicyError when the policy cannot be read.
     """
     serving = service.serving
-    if serving.engine.info().waiting >= service.settings.max_waiting:
-        raise Overloaded("too many requests are waiting; try again in a moment")
     decision = await run_in_threadpool(service.permissions.decide, user_id)
-    silos = _narrow(serving, decision, chat)
+    silos = _narrow(serving, decision, body)
     resident = serving.resident()
     usable = tuple(silo for silo in silos if silo in resident)
-    prompt = await run_in_threadpool(_prompt, serving.tokenizer, chat)
-    sampling = Sampling(chat.temperature or 0.0, 1.0 if chat.top_p is None else chat.top_p, chat.seed)
-    request = GenerationRequest(
-        request_id=uuid.uuid4().hex,
-        prompt=tuple(prompt),
-        max_tokens=_room(serving, len(prompt), chat.token_limit, service.settings.default_max_tokens),
-        adapters=frozenset(resident[silo] for silo in usable),
-        mode=chat.seqr.routing or serving.plan.routing,
-        sampling=sampling,
-        attribution=chat.seqr.attribution,
-        frame=serving.frame.of(prompt),
-    )
-    return Asked(serving, decision, usable, request, chat.model)
+    wanted = await run_in_threadpool(want, serving)
+    sampling = replace(_sampling(serving, body), grammar=wanted.grammar)
+    requests = [
+        GenerationRequest(
+            request_id=uuid.uuid4().hex,
+            prompt=tuple(prompt),
+            max_tokens=_room(serving, len(prompt), body.token_limit, service.settings.default_max_tokens, wanted.param),
+            adapters=frozenset(resident[silo] for silo in usable),
+            mode=body.seqr.routing or serving.plan.routing,
+            sampling=replace(sampling, seed=_derived(body.seed, choice)),
+            attribution=body.seqr.attribution,
+            frame=serving.frame.of(prompt),
+        )
+        for choice, prompt in enumerate(prompt for prompt in wanted.prompts for _ in range(body.choices))
+    ]
+    prompt_tokens = sum(len(prompt) for prompt in wanted.prompts)
+    return Asked(serving, decision, usable, tuple(requests), prompt_tokens, body.model)
 
 
-def _narrow(serving: Serving, decision: Decision, chat: ChatRequest) -> tuple[str, ...]:
+def _narrow(serving: Serving, decision: Decision, body: GenerationBody) -> tuple[str, ...]:
     """The permitted silos that the request wants. What is not permitted is looked up nowhere: it is not there."""
     permitted = decision.silos
     named: list[tuple[str, str]] = []
-    if chat.model.startswith(SILO_PREFIX):
-        named.append((chat.model, chat.model.removeprefix(SILO_PREFIX)))
-    elif chat.model != serving.plan.base_model:
-        raise not_found(chat.model)
-    wanted = None if chat.seqr.silos is None else set(chat.seqr.silos)
+    if body.model.startswith(SILO_PREFIX):
+        named.append((body.model, body.model.removeprefix(SILO_PREFIX)))
+    elif body.model != serving.plan.base_model:
+        raise not_found(body.model)
+    wanted = None if body.seqr.silos is None else set(body.seqr.silos)
     named += [(SILO_PREFIX + silo, silo) for silo in sorted(wanted or ())]
     resident = serving.resident()
     for name, silo in named:
@@ -72,34 +93,52 @@ def _narrow(serving: Serving, decision: Decision, chat: ChatRequest) -> tuple[st
             raise not_found(name)
         if silo not in resident:
             raise SiloUnavailable(f"the silo {silo!r} has no adapter at the moment; try again later", "seqr.silos")
-    if chat.model.startswith(SILO_PREFIX):
-        only = {chat.model.removeprefix(SILO_PREFIX)}
+    if body.model.startswith(SILO_PREFIX):
+        only = {body.model.removeprefix(SILO_PREFIX)}
         wanted = only if wanted is None else only & wanted
     return tuple(silo for silo in permitted if wanted is None or silo in wanted)
 
 
-def _prompt(tokenizer: Any, chat: ChatRequest) -> Sequence[int]:
-    turns = [message.turn() for message in chat.messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # noqa: BLE001 - a template comes with a model and may raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise MessagesInvalid(
-            f"the model's chat template refuses these messages: {reason[0]:.200}", "messages"
-        ) from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise MessagesInvalid("the messages are empty", "messages")
-    return ids
+def _sampling(serving: Serving, body: GenerationBody) -> Sampling:
+    check_tokens(serving, body.stop_ids, "stop_token_ids" if body.stop_token_ids else "stop")
+    return Sampling(
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),  # -1 is vLLM's way to say all
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=_bias(serving, body),
+        stop_ids=body.stop_ids,
+        logprobs=body.top_alternatives,
+    )
 
 
-def _room(serving: Serving, prompt: int, wanted: int | None, default: int) -> int:
+def _bias(serving: Serving, body: GenerationBody) -> tuple[tuple[int, float], ...]:
+    biased = []
+    for name, addend in (body.logit_bias or {}).items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise InvalidValue(f"the keys of logit_bias are token ids, not {name!r:.40}", "logit_bias")
+        biased.append((int(name), addend))
+    check_tokens(serving, [token for token, _ in biased], "logit_bias")
+    return tuple(sorted(biased))
+
+
+def _derived(seed: int | None, choice: int) -> int | None:
+    """The seed of a choice: that of the request for the first, so that it is the same with and without others."""
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _room(serving: Serving, prompt: int, wanted: int | None, default: int, param: str) -> int:
     """How many tokens the answer may have. Raises ContextLengthExceeded."""
     longest = serving.engine.info().max_model_length
     if prompt >= longest:
         raise ContextLengthExceeded(
-            f"the prompt has {prompt} tokens, the model's context holds {longest} with the answer; shorten it",
-            "messages",
+            f"the prompt has {prompt} tokens, the model's context holds {longest} with the answer; shorten it", param
         )
     if wanted is not None and prompt + wanted > longest:
         raise ContextLengthExceeded(

@@ -1,32 +1,64 @@
 """Reads a request's JSON body, after the caller is known."""
 
 import json
-from typing import Annotated, Any
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from inference_gateway.api.errors import InvalidJson
-from inference_gateway.api.schema import ChatRequest
+
+# Far beyond any schema that people write; templates, schemas and validators recurse.
+MAX_NESTING = 64
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
-async def chat_request(request: Request) -> ChatRequest:
-    """Raises InvalidJson, BodyTooLarge, UnsupportedParameter, or RequestValidationError naming a wrong field."""
-    document = parse(await request.body())
+def body_of(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+    """A dependency that reads a body of this kind.
+
+    It raises InvalidJson, BodyTooLarge, UnsupportedParameter, InvalidValue, or RequestValidationError naming a field.
+    """
+
+    async def read(request: Request) -> Model:
+        return validated(model, parse(await request.body()))
+
+    return read
+
+
+def validated(model: type[Model], document: Any) -> Model:
+    """``document`` as a ``model``. Raises what ``body_of`` says."""
     try:
-        return ChatRequest.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
+        wrong = error.errors(include_url=False, include_context=False)
+        places = [_place(document, one["loc"]) for one in wrong]
+        # Of the members of a union the one that got furthest into the document knows best what is wrong.
+        best = max(range(len(wrong)), key=lambda index: len(places[index]))
+        raise RequestValidationError([{**wrong[best], "loc": places[best]}]) from None
 
 
 def parse(data: bytes) -> Any:
-    """Strict JSON in UTF-8: no NaN, no lone surrogates, no nesting beyond Python's stack. Raises InvalidJson."""
+    """Strict JSON in UTF-8: no NaN, no number beyond a double, no lone surrogate, not nested too deeply.
+
+    Raises InvalidJson.
+    """
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
         json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise InvalidJson("the body is not valid JSON in UTF-8") from None
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(MAX_NESTING):
+        children = (
+            node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)
+        )
+        level = [child for nodes in children for child in nodes if isinstance(child, dict | list)]
+    if level:
+        raise InvalidJson(f"the body is nested more than {MAX_NESTING} levels deep")
     return document
 
 
@@ -34,4 +66,23 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
 
-ChatBody = Annotated[ChatRequest, Depends(chat_request)]
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(digits)
+    return number
+
+
+def _place(document: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The part of pydantic's ``loc`` that leads into the document, and a missing or unknown field after it."""
+    place: list[int | str] = []
+    for index, part in enumerate(loc):
+        inside = (isinstance(document, dict) and part in document) or (
+            isinstance(document, list) and isinstance(part, int) and part < len(document)
+        )
+        if inside:
+            place.append(part)
+            document = document[part]
+        elif isinstance(document, dict) and index == len(loc) - 1:
+            place.append(part)
+    return tuple(place)

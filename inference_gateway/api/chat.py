@@ -1,220 +1,136 @@
-"""POST /v1/chat/completions, plain and as server-sent events."""
+"""POST /v1/chat/completions: a conversation's next turn, plain and as server-sent events."""
 
-import asyncio
-import json
-import logging
-import re
-import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Depends, Request, Response
 
-from inference_gateway.api.asking import Asked, prepare
+from inference_gateway.api import attribution, logprobs
+from inference_gateway.api.answering import Piece, ShownToken
+from inference_gateway.api.asking import Asked, Wanted, prepare
 from inference_gateway.api.auth import Caller, ServiceDep
-from inference_gateway.api.body import ChatBody
-from inference_gateway.api.errors import error_body, failed_status, respond
-from inference_gateway.api.schema import ChatRequest
-from inference_gateway.engine.base import Event, Failed, Finished, Shares, Tokens
-from inference_gateway.service import Service
-from inference_gateway.text import TextStream
+from inference_gateway.api.body import body_of
+from inference_gateway.api.chat_schema import ChatRequest
+from inference_gateway.api.prompting import answer_grammar, chat_prompt, tool_format
+from inference_gateway.api.responding import answered, head, usage
+from inference_gateway.service import Serving
+from inference_gateway.tools import CallReader, ToolCall, ToolFormat
 
-log = logging.getLogger(__name__)
 router = APIRouter()
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-
-
-@dataclass
-class Piece:
-    """Text that is certain now and, in the last piece, why the answer ends."""
-
-    text: str
-    tokens: int
-    reason: str | None = None
-    shares: Shares | None = None
-    failed: Failed | None = None
+ChatBody = Annotated[ChatRequest, Depends(body_of(ChatRequest))]
 
 
 @router.post("/chat/completions")
-async def chat_completions(
-    request: Request,
-    service: ServiceDep,
-    caller: Caller,
-    chat: ChatBody,
-    x_request_id: Annotated[str | None, Header()] = None,
-) -> Response:
-    """An answer shaped by the caller's permitted silos and by nothing else."""
-    asked = await prepare(service, caller.user_id, chat)
-    given = x_request_id or ""
-    headers = {
-        "X-Request-Id": given if _REQUEST_ID.fullmatch(given) else asked.request.request_id,
-        "X-Seqr-Policy-Version": str(asked.decision.policy_version),
-        "X-Seqr-Library-Version": asked.library_version,
-    }
-    pieces = answer(service, asked, chat.stops)
-    if chat.stream:
-        return await _stream(asked, chat, pieces, headers)
-    return await _plain(asked, pieces, headers, request)
+async def chat_completions(request: Request, service: ServiceDep, caller: Caller, chat: ChatBody) -> Response:
+    """Answers shaped by the caller's permitted silos and by nothing else."""
+
+    def want(serving: Serving) -> Wanted:
+        return Wanted([chat_prompt(serving, chat)], "messages", answer_grammar(serving, chat))
+
+    asked = await prepare(service, caller.user_id, chat, want)
+    return await answered(request, service, caller, asked, chat, ChatFormat(asked, chat))
 
 
-async def answer(service: Service, asked: Asked, stops: tuple[str, ...]) -> AsyncGenerator[Piece]:
-    """The pieces of one answer; the last has a reason or has failed. Closing it ends the request in the engine."""
-    text = TextStream(asked.serving.tokenizer, stops)
-    used = 0
-    silos = frozenset(asked.silos)
-    with service.permissions.watching(asked.request.request_id, asked.decision, silos):
-        async with aclosing(_events(asked)) as events:
-            async for event in events:
-                if isinstance(event, Tokens):
-                    used += len(event.ids)
-                    fresh = text.push(event.ids)
-                    if text.stopped:
-                        yield Piece(fresh, used, "stop")
-                        return
-                    if fresh:
-                        yield Piece(fresh, used)
-                elif isinstance(event, Finished):
-                    rest = text.finish()
-                    yield Piece(rest, used, "stop" if text.stopped else event.reason, event.shares)
-                else:
-                    yield Piece("", used, failed=event)
+class ChatFormat:
+    """How a chat's answers are written."""
 
+    def __init__(self, asked: Asked, chat: ChatRequest):
+        self._asked = asked
+        self._chat = chat
+        self._tools = tool_format(asked.serving, chat) if chat.may_call else None
 
-async def _events(asked: Asked) -> AsyncGenerator[Event]:
-    async with aclosing(asked.serving.engine.generate(asked.request)) as events:
-        async for event in events:
-            yield event
-
-
-async def _plain(asked: Asked, pieces: AsyncGenerator[Piece], headers: Mapping[str, str], request: Request) -> Response:
-    collecting = asyncio.create_task(_collect(pieces))
-    leaving = asyncio.create_task(_left(request))
-    try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=499)  # nobody is there to read it
-        text, last = collecting.result()
-    finally:
-        collecting.cancel()
-        leaving.cancel()
-        await asyncio.gather(collecting, leaving, return_exceptions=True)
-    if last.failed is not None:
-        return respond(last.failed.message, last.failed.code, failed_status(last.failed), headers=headers)
-    body = {
-        "id": _completion_id(),
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": asked.model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": text},
-                "logprobs": None,
-                "finish_reason": last.reason,
-            }
-        ],
-        "usage": _usage(asked, last.tokens),
-    }
-    return JSONResponse(body | _attribution(asked, last), headers=dict(headers))
-
-
-async def _collect(pieces: AsyncGenerator[Piece]) -> tuple[str, Piece]:
-    parts, last = [], Piece("", 0, "stop")
-    async with aclosing(pieces) as open_pieces:
-        async for last in open_pieces:
-            parts.append(last.text)
-    return "".join(parts), last
-
-
-async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _stream(
-    asked: Asked, chat: ChatRequest, pieces: AsyncGenerator[Piece], headers: Mapping[str, str]
-) -> Response:
-    # The first piece decides between an HTTP error and a stream: afterwards only an event can tell of a failure.
-    try:
-        first = await anext(pieces)
-    except BaseException:
-        await pieces.aclose()
-        raise
-    if first.failed is not None:
-        await pieces.aclose()
-        return respond(first.failed.message, first.failed.code, failed_status(first.failed), headers=headers)
-    usage = chat.stream_options is not None and chat.stream_options.include_usage
-    body = _chunks(asked, first, pieces, usage)
-    return StreamingResponse(body, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})
-
-
-async def _chunks(
-    asked: Asked, first: Piece, pieces: AsyncGenerator[Piece], include_usage: bool
-) -> AsyncGenerator[bytes]:
-    head = {
-        "id": _completion_id(),
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": asked.model,
-    }
-
-    def chunk(delta: dict[str, str], reason: str | None = None, extra: Mapping[str, Any] | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        silent = {"usage": None} if include_usage else {}
-        return _event({**head, "choices": [choice], **silent, **(extra or {})})
-
-    async with aclosing(pieces):
-        yield chunk({"role": "assistant", "content": ""})
-        piece: Piece | None = first
-        while piece is not None:
-            if piece.text:
-                yield chunk({"content": piece.text})
-            if piece.failed is not None:
-                failed = piece.failed
-                yield _event(error_body(failed.message, failed.code, failed_status(failed)))
-            elif piece.reason is not None:
-                yield chunk({}, piece.reason, _attribution(asked, piece))
-                if include_usage:
-                    yield _event({**head, "choices": [], "usage": _usage(asked, piece.tokens)})
-            piece = await anext(pieces, None)
-        yield b"data: [DONE]\n\n"
-
-
-def _event(body: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-
-
-def _completion_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def _usage(asked: Asked, tokens: int) -> dict[str, int]:
-    prompt = len(asked.request.prompt)
-    return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-
-
-def _attribution(asked: Asked, last: Piece) -> dict[str, Any]:
-    """Which silo shaped the answer, when asked for: shares of all (token, module) choices, and of the answer's."""
-    if not asked.request.attribution:
-        return {}
-    shares = last.shares
-    return {
-        "seqr": {
-            "permitted": list(asked.silos),
-            "routing": asked.request.mode,
-            "policy_version": asked.decision.policy_version,
-            "library_version": asked.library_version,
-            "shares": _shares(shares.total, shares.choices) if shares else None,
-            "answer_shares": _shares(shares.answer, shares.answer_choices) if shares else None,
+    def whole(self, answers: Sequence[tuple[Sequence[ShownToken], Piece]]) -> Mapping[str, Any]:
+        """See ``responding.Format``."""
+        ends = [end for _, end in answers]
+        return {
+            **head(self._asked, "chat.completion", "chatcmpl"),
+            "choices": [self._choice(tokens, end) for tokens, end in answers],
+            "usage": usage(self._asked, ends),
+            **attribution.summary(self._asked, (end.shares for end in ends)),
         }
+
+    def _choice(self, tokens: Sequence[ShownToken], end: Piece) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(token.text for token in tokens)}
+        reason = end.reason
+        if self._tools is not None:
+            reader = self._tools.reader()
+            text = reader.push(message["content"]) + reader.finish()
+            if reader.calls:
+                message |= {"content": text.strip() or None, "tool_calls": [_call(one) for one in reader.calls]}
+                reason = _reason(end, reader)
+        return {
+            "index": end.index,
+            "message": message,
+            **_about(self._asked, self._chat, tokens),
+            "finish_reason": reason,
+        }
+
+    def parts(self) -> "ChatForm":
+        """See ``responding.Format``."""
+        return ChatForm(self._asked, self._chat, self._tools)
+
+
+class ChatForm:
+    """See ``streaming.Form``."""
+
+    def __init__(self, asked: Asked, chat: ChatRequest, tools: ToolFormat | None):
+        self.head = head(asked, "chat.completion.chunk", "chatcmpl")
+        self._asked = asked
+        self._chat = chat
+        self._readers = [None if tools is None else tools.reader() for _ in asked.requests]
+
+    def opening(self) -> Iterator[Mapping[str, Any]]:
+        """The role, once for each choice."""
+        for index in range(len(self._readers)):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, ())
+
+    def choices(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
+        """New text with what was asked about its tokens; calls of tools, each whole; the end."""
+        reader = self._readers[piece.index]
+        text, calls = piece.text, []
+        if reader is not None:
+            before = len(reader.calls)
+            text = reader.push(text) + (reader.finish() if piece.reason is not None else "")
+            calls = list(enumerate(reader.calls))[before:]
+        told = self._chat.logprobs or self._asked.request.attribution
+        if text or (told and piece.tokens):
+            yield self._chunk(piece.index, {"content": text}, piece.tokens)
+        for number, call in calls:
+            yield self._chunk(piece.index, {"tool_calls": [{"index": number, **_call(call)}]}, ())
+        if piece.reason is not None:
+            yield self._chunk(piece.index, {}, (), _reason(piece, reader))
+
+    def closing(self, ends: Sequence[Piece]) -> Mapping[str, Any]:
+        """Who shaped the answers, when asked for."""
+        return attribution.summary(self._asked, (end.shares for end in ends))
+
+    def usage(self, ends: Sequence[Piece]) -> Mapping[str, int]:
+        """See ``responding.usage``."""
+        return usage(self._asked, ends)
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], tokens: Sequence[ShownToken], reason: str | None = None
+    ) -> Mapping[str, Any]:
+        about = _about(self._asked, self._chat, tokens) if tokens else {"logprobs": None}
+        return {"index": index, "delta": delta, **about, "finish_reason": reason}
+
+
+def _about(asked: Asked, chat: ChatRequest, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    told = logprobs.of_chat(asked.serving.grammars, tokens) if chat.logprobs else None
+    return {"logprobs": told, **attribution.of_tokens(asked, tokens)}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
     }
 
 
-def _shares(counts: Mapping[str, int], choices: int) -> dict[str, float]:
-    return {silo: round(count / choices, 6) for silo, count in sorted(counts.items())} if choices else {}
+def _reason(end: Piece, reader: CallReader | None) -> str | None:
+    """Why a choice ends; one that was cut off after a call has not called all it wanted."""
+    called = reader is not None and reader.calls
+    return "tool_calls" if called and end.reason == "stop" else end.reason

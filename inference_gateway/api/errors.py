@@ -9,13 +9,20 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from inference_gateway.engine.base import Failed
-from inference_gateway.errors import EngineStopped, NotReady
+from inference_gateway.errors import EngineStopped, NotReady, Refused
 from policy.errors import NotAllowed, NotAuthenticated, PolicyError, Unavailable
 from seqr.errors import SeqrError
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 # A request that ended while it ran: the status when nothing has been sent yet.
-FAILED_STATUS = {"permission_revoked": 403, "policy_unavailable": 503, "adapter_replaced": 503}
+FAILED_STATUS = {
+    "permission_revoked": 403,
+    "policy_unavailable": 503,
+    "adapter_replaced": 503,
+    "grammar_too_complex": 400,
+    "reader_too_slow": 408,
+    "request_timeout": 504,
+}
 
 
 class ApiError(SeqrError):
@@ -85,13 +92,6 @@ class KeyMissing(ApiError):
     status = 401
 
 
-class Overloaded(ApiError):
-    """Too many requests wait already."""
-
-    code = "overloaded"
-    status = 503
-
-
 class BodyTooLarge(ApiError):
     """A request body beyond the limit."""
 
@@ -103,6 +103,11 @@ def error_body(message: str, code: str, status: int, param: str | None = None) -
     """The body of an error with this HTTP status."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def server_fault() -> dict[str, Any]:
+    """The body of an unexpected error: the server logs the cause, the caller learns nothing about it."""
+    return error_body("the request could not be served because of an internal error", "internal_error", 500)
 
 
 def failed_status(failed: Failed) -> int:
@@ -126,14 +131,22 @@ def install(app: FastAPI) -> None:
     """Give every error of ``app`` OpenAI's shape."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(PolicyError, _policy_error)
+    app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(SeqrError, _seqr_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _api_error(_request: Request, error: Any) -> JSONResponse:
     return respond(str(error), error.code, error.status, error.param)
+
+
+async def _refused(_request: Request, error: Any) -> JSONResponse:
+    body = error_body(str(error), error.code, error.status)
+    body["error"]["type"] = error.kind
+    # OpenAI's clients try again by themselves unless they are told that it cannot help.
+    again = {"x-should-retry": "false"} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(body, error.status, headers=again)
 
 
 async def _policy_error(_request: Request, error: Any) -> JSONResponse:
@@ -161,6 +174,6 @@ async def _http_error(_request: Request, error: Any) -> JSONResponse:
     return respond(f"{error.detail}", f"http_{error.status_code}", error.status_code, headers=error.headers)
 
 
-async def _unexpected(_request: Request, _error: Any) -> JSONResponse:
-    # The server logs the cause; the caller learns nothing about it.
-    return respond("the request could not be served because of an internal error", "internal_error", 500)
+def unexpected() -> JSONResponse:
+    """The answer to a request that met a defect. The log has the cause; the caller learns nothing about it."""
+    return JSONResponse(server_fault(), 500)

@@ -1,78 +1,85 @@
-"""What a chat request may hold. Everything else is refused by name, never ignored."""
+"""What bodies have in common: how an answer is drawn and ends. Everything unknown is refused by name, never ignored."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inference_gateway.api.errors import UnsupportedParameter
 
-# Parameters of OpenAI's interface that are not supported, with the values that ask for nothing.
+# Parameters of OpenAI's and vLLM's interfaces that are not supported, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
+    "add_generation_prompt": (True,),
     "audio": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_json": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "metadata": ({},),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "metadata": ({},),
-    "web_search_options": (),
+    "priority": (0,),
     "prompt_cache_key": (),
+    "prompt_logprobs": (0,),
+    "reasoning_effort": ("none",),
+    "return_token_ids": (False,),
     "safety_identifier": (),
-    "top_k": (),
-    "min_p": (),
-    "repetition_penalty": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": (),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
 }
 MAX_STOP = 4
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MAX_CHOICES = 16
+
+ModelName = Annotated[str, Field(min_length=1, max_length=512)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Strict(BaseModel):
+    """Refuses what it does not know and values of another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TextPart(_Strict):
-    """One part of a message that is a list of parts."""
+class Body(Strict):
+    """A request's body. ``unsupported``: names known from elsewhere that this route refuses with a sentence."""
 
-    type: Literal["text"]
-    text: str
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
-
-class Message(_Strict):
-    """One turn of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def turn(self) -> dict[str, str]:
-        """The message as chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": ROLES[self.role], "content": text}
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, neutral in cls.unsupported.items():
+            value = body.get(name)
+            if value is not None and not any(_same(value, one) for one in neutral):
+                raise UnsupportedParameter(f"{name} is not supported by this gateway; leave it out", name)
+        return {name: value for name, value in body.items() if name not in cls.unsupported}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How a stream ends."""
 
     include_usage: bool = False
 
 
-class SeqrOptions(_Strict):
+class SeqrOptions(Strict):
     """This gateway's own options. ``silos`` narrows what the caller may use; it can never widen it."""
 
     attribution: bool = False
@@ -80,63 +87,69 @@ class SeqrOptions(_Strict):
     routing: Literal["prompt_evidence", "evidence", "per_token"] | None = None
 
 
-class ChatRequest(_Strict):
-    """The body of /v1/chat/completions. ``user`` is accepted: it names an end user and asks for nothing."""
+class GenerationBody(Body):
+    """What every route that generates takes. ``user`` is accepted: it names an end user and asks for nothing.
 
-    model: Annotated[str, Field(min_length=1, max_length=512)]
-    messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    Without a temperature the answer is greedy, so that it is the same each time.
+    """
+
+    model: ModelName
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: StopString | TokenId | list[StopString | TokenId] | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     seqr: SeqrOptions = Field(default_factory=SeqrOptions)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_by_name(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in UNSUPPORTED.items():
-            value = body.get(name)
-            if value is not None and not any(_same(value, one) for one in neutral):
-                raise UnsupportedParameter(f"{name} is not supported by this gateway; leave it out", name)
-        for index, message in enumerate(body["messages"] if isinstance(body.get("messages"), list) else []):
-            _refuse_in_message(index, message)
-        stop = body.get("stop")
-        if isinstance(stop, list) and len(stop) > MAX_STOP:
-            raise UnsupportedParameter(f"stop has {len(stop)} strings, at most {MAX_STOP} are supported", "stop")
-        return {name: value for name, value in body.items() if name not in UNSUPPORTED}
+    @model_validator(mode="after")
+    def _sound(self) -> "GenerationBody":
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOP:
+            raise UnsupportedParameter(f"stop has {len(self.stop)} entries, at most {MAX_STOP} are supported", "stop")
+        if self.stream_options is not None and not self.stream:
+            raise UnsupportedParameter("stream_options are for streams only; set stream to true", "stream_options")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(one for one in self._stop_list if isinstance(one, str))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end the answer, from ``stop`` and ``stop_token_ids``."""
+        return (*(one for one in self._stop_list if isinstance(one, int)), *(self.stop_token_ids or ()))
+
+    @property
+    def _stop_list(self) -> list[str | int]:
+        return self.stop if isinstance(self.stop, list) else [] if self.stop is None else [self.stop]
 
     @property
     def token_limit(self) -> int | None:
-        """max_completion_tokens, or max_tokens, its older name; the smaller one when both are given."""
-        given = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
-        return min(given, default=None)
+        """How long the answer may get."""
+        return self.max_tokens
+
+    @property
+    def top_alternatives(self) -> int | None:
+        """How many alternatives to tell with each token's log-probability; None for no log-probabilities."""
+        return None
 
 
 def _same(value: Any, neutral: Any) -> bool:
     # True == 1 and 1.0 == 1 in Python; a request for n=true is still wrong.
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
-
-
-def _refuse_in_message(index: int, message: Any) -> None:
-    if not isinstance(message, dict):
-        return
-    where = f"messages.{index}"
-    if message.get("role") in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
-        raise UnsupportedParameter("tool calls are not supported by this gateway; leave them out", where)
-    content = message.get("content")
-    for part in content if isinstance(content, list) else []:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise UnsupportedParameter(f"content of type {kind!r:.40} is not supported; send text", f"{where}.content")

@@ -127,7 +127,13 @@ Event = Tokens | Finished | Failed
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine can hold and holds now."""
+    """What an engine can hold and holds now; counters run from its start.
+
+    ``kv_blocks_used``: blocks that running requests hold, without those kept for their prefix alone. ``prefix_queries``
+    and ``prefix_hits``: prompt tokens looked up and found. ``preemptions``: requests that a full cache made start
+    again. ``step_seconds``: spent in ``steps`` forward passes with the drawing of tokens, and ``last_step_seconds`` in
+    the last.
+    """
 
     name: str
     max_model_length: int
@@ -140,6 +146,14 @@ class EngineInfo:
     prompt_tokens: int
     generated_tokens: int
     alive: bool
+    kv_blocks: int = 0
+    kv_blocks_used: int = 0
+    permission_rows: int = 1
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    step_seconds: float = 0.0
+    last_step_seconds: float = 0.0
 
 
 class StepGuard(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from inference_gateway.engine.base import Event, GenerationRequest, Shares, Tokens
-from inference_gateway.engine.sampling import Draw
+from inference_gateway.engine.sampling import Sampler
 from seqr.routing.evidence import Standing
 
 # What the id of the pass that reads a prompt ends with.
@@ -22,7 +22,7 @@ class Sequence:
 
     request: GenerationRequest
     deliver: Callable[[Event], None]
-    draw: Draw | None
+    sampler: Sampler | None
     slot: int | None = None
     generated: int = 0
     ended: bool = False
@@ -130,4 +130,5 @@ class SequenceTable:
                 return
             sequence.generated += len(ids)
             sequence.last_token = ids[-1]
-            sequence.deliver(Tokens(ids))
+            logprobs = sequence.sampler.take(len(ids)) if sequence.sampler is not None else ()
+            sequence.deliver(Tokens(ids, logprobs))

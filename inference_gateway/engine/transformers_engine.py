@@ -20,10 +20,10 @@ from inference_gateway.engine.base import (
     Tokens,
 )
 from inference_gateway.engine.batching_edge import Batch, BatchingEdge, Output, Slice
-from inference_gateway.engine.sampling import draw_of
+from inference_gateway.engine.sampling import Matcher, Sampler, sampler_of
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.sequences import SequenceTable
-from inference_gateway.errors import EngineStopped
+from inference_gateway.errors import EngineStopped, GrammarTooComplex
 from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows, Statistics
 from seqr.plan import Plan
@@ -50,15 +50,25 @@ class EngineLimits:
 
 
 class TransformersEngine:
-    """See ``Engine``. ``model`` must be adapted to ``plan`` (``seqr.routed_linear.adapt_model``) and idle."""
+    """See ``Engine``. ``model`` must be adapted to ``plan`` (``seqr.routed_linear.adapt_model``) and idle.
+
+    ``matcher_of`` starts a ``Sampling.grammar``; without it there are no grammars.
+    """
 
     def __init__(
-        self, model: Any, plan: Plan, guard: StepGuard, eos: Sequence[int], limits: EngineLimits | None = None
+        self,
+        model: Any,
+        plan: Plan,
+        guard: StepGuard,
+        eos: Sequence[int],
+        limits: EngineLimits | None = None,
+        matcher_of: Callable[[str], Matcher] | None = None,
     ):
         limits = limits or EngineLimits()
         self._plan = plan
         self._guard = guard
         self._eos = frozenset(eos)
+        self._matcher_of = matcher_of
         self._limits = limits
         context = int(model.config.get_text_config().max_position_embeddings)
         self._max_length = min(context, limits.kv_tokens, limits.max_model_length or context)
@@ -161,6 +171,7 @@ class TransformersEngine:
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
+        sampler = await self._sampler(request)
         self._waiting += 1
         try:
             await self._admission.acquire()
@@ -169,7 +180,7 @@ class TransformersEngine:
         try:
             with self._membership:
                 admitted = request.adapters <= self._keys - self._retiring
-                sequence = Running(request, deliver, draw_of(request.sampling), reading=_must_read(request))
+                sequence = Running(request, deliver, sampler, reading=_must_read(request))
                 if admitted:
                     self._sequences.add(sequence)
             if not admitted:
@@ -187,10 +198,21 @@ class TransformersEngine:
         finally:
             self._admission.release()
 
+    async def _sampler(self, request: GenerationRequest) -> Sampler | None:
+        matcher, grammar = None, request.sampling.grammar
+        if grammar is not None:
+            if self._matcher_of is None:
+                raise ValueError("this engine was made without grammars")
+            matcher = await asyncio.to_thread(self._matcher_of, grammar)
+        return sampler_of(request.sampling, request.prompt, matcher)
+
     def _submit(self, sequence: Running) -> None:
         # The library gives at least one token; of a prompt that is only read it is thrown away.
         tokens = 1 if sequence.reading else sequence.request.max_tokens
-        self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(self._eos))
+        self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(self._ends_of(sequence)))
+
+    def _ends_of(self, sequence: Running) -> frozenset[int]:
+        return self._eos.union(sequence.request.sampling.stop_ids)
 
     async def abort(self, request_id: str) -> None:
         self._end(request_id, None)
@@ -260,8 +282,16 @@ class TransformersEngine:
             if not abs(best[row]) < float("inf"):
                 log.error("request %s ends: its logits are not finite", request_id)
                 self._end_pass(request_id, BROKEN)
-            elif sequence.draw is not None:
-                token = sequence.draw.token(logits[row])
+            elif sequence.sampler is not None and not sequence.reading:
+                try:
+                    token = sequence.sampler.next(logits[row])
+                except GrammarTooComplex as error:
+                    self._end_pass(request_id, Failed(error.code, str(error)))
+                    continue
+                except Exception:
+                    log.exception("request %s ends: no token could be drawn for it", request_id)
+                    self._end_pass(request_id, BROKEN)
+                    continue
                 logits[row].fill_(-float("inf"))
                 logits[row, token] = 0.0
 
@@ -296,7 +326,7 @@ class TransformersEngine:
             if output.error is not None:
                 self._sequences.end(sequence.request_id, BROKEN)
             elif output.finished:
-                reason = "stop" if sequence.last_token in self._eos else "length"
+                reason = "stop" if sequence.last_token in self._ends_of(sequence) else "length"
                 self._sequences.end(sequence.request_id, Finished(reason, sequence.shares))
 
     def _go_on(self, sequence: Running, output: Output) -> None:

@@ -78,7 +78,9 @@ def upgrade_schema(database: DatabaseOption = "") -> None:
 @key_app.command("create")
 def create_key(
     user_id: str,
-    scope: Annotated[list[str] | None, typer.Option("--scope", help="chat, admin, deletions, audit, gateway.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option("--scope", help="chat, admin, deletions, audit, gateway, metrics.")
+    ] = None,
     expires: ExpiresOption = None,
     reason: ReasonOption = "",
     actor: ActorOption = "",

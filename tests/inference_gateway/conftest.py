@@ -1,5 +1,6 @@
 """One tiny model and one plan for all tests of the gateway, and one running gateway for those that speak HTTP."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,8 +113,8 @@ class Running:
             "http://coordinator", API_KEY, transport=httpx.ASGITransport(app=world.coordinator.app)
         )
         self.service = Service(world.settings, client)
-        app = create_app(self.service)
-        config = uvicorn.Config(app, port=0, ws="none", log_config=None, timeout_graceful_shutdown=2)
+        self.app = create_app(self.service)
+        config = uvicorn.Config(self.app, port=0, ws="none", log_config=None, timeout_graceful_shutdown=2)
         self.server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
 
@@ -125,6 +126,11 @@ class Running:
     def stop(self) -> None:
         self.server.should_exit = True
         self._thread.join(timeout=20)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of the server's thread."""
+        return self.service._tasks[0].get_loop()
 
     @property
     def url(self) -> str:

@@ -180,7 +180,7 @@ def test_more_waiting_requests_than_allowed_get_503_at_once(
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: server.service.serving.engine.info().waiting == 1)
+        wait_until(lambda: server.service.admission.queue.waiting == 1)
         started = time.monotonic()
         refused = server.http("carol").post("/v1/chat/completions", json=BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")

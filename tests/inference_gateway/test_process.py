@@ -121,6 +121,30 @@ def test_after_kill_9_the_gateway_fetches_the_active_revisions_and_serves_again(
     assert not any(window in path.read_bytes() for path in stored)  # adapters live in memory only
 
 
+def test_limits_and_json_logs_are_set_in_the_toml(
+    make_world: Callable[[Path], World], on_loopback: Callable[[FakeCoordinator], str], tmp_path: Path
+) -> None:
+    world = make_world(tmp_path / "gateway")
+    port = write_toml(world, on_loopback(world.coordinator), log_format="json", max_prompt_tokens=400)
+    with world.settings.config_file.open("a") as toml:
+        toml.write("[limits.user]\nrequests_per_minute = 2\n")
+    url = f"http://127.0.0.1:{port}"
+    headers = {"Authorization": f"Bearer {world.keys['carol']}", "X-Request-Id": "asked-once"}
+    process = serve(world.settings.directory)
+    try:
+        wait_until(lambda: ready(url), 120)
+        answers = [httpx.post(f"{url}/v1/chat/completions", json=BODY, headers=headers, timeout=30) for _ in range(3)]
+    finally:
+        process.kill()
+        process.wait()
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    text = (world.settings.directory / "gateway.log").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    told = [(line["status"], line["user"]) for line in lines if line.get("request_id") == "asked-once"]
+    assert told == [(200, "carol"), (200, "carol"), (429, "carol")]
+    assert "red boat" not in text and not any(line["logger"] == "uvicorn.access" for line in lines)
+
+
 class Command:
     """``seqr gateway ...`` in this process: its exit status and what it printed."""
 
@@ -166,6 +190,11 @@ def test_init_makes_private_keys_and_a_public_file_once(seqr: Command, tmp_path:
         ("colour = 3", "colour"),
         ("port = [", "not valid TOML"),
         ("max_concurrent = 0", "max_concurrent"),
+        ("[limits.user]\nrequests_per_minute = 0", "limits.user.requests_per_minute: Input should be greater"),
+        ("[limits.key]\nspeed = 3", "limits.key.speed"),
+        ("request_timeout_seconds = 0", "request_timeout_seconds"),
+        ("queue_timeout_seconds = -1", "queue_timeout_seconds"),
+        ('log_format = "xml"', "log_format: Input should be 'text' or 'json'"),
     ],
 )
 def test_settings_that_cannot_be_are_named_in_one_sentence(seqr: Command, tmp_path: Path, toml: str, said: str) -> None:

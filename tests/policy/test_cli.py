@@ -197,3 +197,12 @@ def test_the_installed_command_works_and_fails_in_one_sentence(tmp_path):
 def test_the_command_line_loads_no_database_code_before_it_is_needed():
     code = "import sys, policy.cli; sys.exit(any(name in sys.modules for name in ('sqlalchemy', 'alembic', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_limits_are_set_listed_and_cleared(ready):
+    ready("limits", "set", "user:alice", "--requests-per-minute", 30, "--reason", "trial")
+    assert ready("limits", "list", "--json")[0]["requests_per_minute"] == 30
+    assert "user:alice" in ready("limits", "list")
+    ready("limits", "clear", "user:alice", "--reason", "trial over")
+    assert ready("limits", "list", "--json") == []
+    ready("limits", "set", "user:alice", "--reason", "r", fails=errors.NoLimitGiven)

@@ -7,6 +7,7 @@ from sqlalchemy.exc import ProgrammingError
 from policy import audit
 from policy.db import create_engine_for
 from policy.errors import DatabaseDenied, SiloUnknown
+from policy.limits import Limits
 from policy.reader import PolicyReader
 from policy.store import PolicyStore
 
@@ -43,11 +44,13 @@ def engine_of(small, url):
 def test_a_gateway_reads_with_select_alone(small, engine_of, how, clock, pepper):
     small.add_grant("user:alice", "bank", **how)
     _, secret = small.create_key("alice", ["chat"], **how)
+    small.set_limits("user:alice", Limits(tokens_per_day=9), **how)
     engine = engine_of("policy_reader")
     with PolicyReader(engine, pepper) as reader:
         assert reader.version() == small.version()
         assert reader.permitted("alice", clock()).silos == ("bank",)
         assert reader.authenticate(secret, clock()).user_id == "alice"
+        assert reader.limits("alice", "key") == (Limits(tokens_per_day=9), Limits())
     with pytest.raises(DatabaseDenied):
         PolicyStore(engine).create_user("eve", **how)
 
@@ -57,6 +60,8 @@ def test_a_coordinator_writes_without_rights_to_change_the_audit(small, engine_o
     store.add_grant("user:alice", "bank", **how)
     store.add_member("staff", "user:alice", **how)
     store.remove_member("staff", "user:alice", **how)
+    store.set_limits("user:alice", Limits(tokens_per_day=9), **how)
+    store.clear_limits("user:alice", **how)
     with pytest.raises(SiloUnknown):
         store.add_grant("user:alice", "nowhere", **how)
     with store.engine.connect() as connection:

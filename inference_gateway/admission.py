@@ -1,0 +1,157 @@
+"""Between the routes and the engine: limits, a fair queue with a bound, deadlines, and the measuring of every answer.
+
+A request reserves its tokens at once; each of its answers then waits for a place of its own.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Self
+
+from inference_gateway import request_record
+from inference_gateway.engine.base import Engine, Event, Failed, Finished, GenerationRequest, Tokens
+from inference_gateway.errors import RateLimited, Refused
+from inference_gateway.fair_queue import FairQueue
+from inference_gateway.limits import RateLimits, Reservation
+from inference_gateway.metrics import Metrics
+from inference_gateway.settings import Settings
+from policy.keys import Principal
+from policy.limits import Limits
+
+
+class Admission:
+    """One gateway's door to its engine. For one event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, limits: RateLimits | None = None):
+        self.settings = settings
+        self.metrics = metrics
+        self.queue = FairQueue(settings.max_concurrent, settings.max_waiting)
+        self._limits = limits or RateLimits()
+
+    def admit(
+        self,
+        principal: Principal,
+        limits: tuple[Limits, Limits],
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        model: str = "",
+    ) -> "Grant":
+        """Reserve ``prompt_tokens`` + ``max_tokens``, those of all answers, until the caller closes the grant.
+
+        ``limits``: what the policy sets for the user and for the key. Raises RateLimited; then nothing is counted.
+        """
+        record, defaults = request_record.current(), self.settings.limits
+        mine = (limits[0].over(defaults.user.limits()), limits[1].over(defaults.key.limits()))
+        who = (principal.user_id, principal.key_id)
+        record.fields["prompt_tokens"] = prompt_tokens
+        try:
+            reservation = self._limits.reserve(*who, mine, prompt_tokens + max_tokens)
+        except RateLimited as refusal:
+            self.metrics.refused(refusal)
+            raise
+        finally:
+            record.headers |= self._limits.headers(*who, mine)
+        return Grant(self, principal.user_id, reservation, prompt_tokens, model)
+
+
+class Grant:
+    """Leave to generate the answers to one request; a context manager that closes it."""
+
+    def __init__(self, admission: Admission, user_id: str, reservation: Reservation, prompt_tokens: int, model: str):
+        self._admission = admission
+        self._user_id = user_id
+        self._reservation = reservation
+        self._prompt_tokens = prompt_tokens
+        self._model = model
+        self._arrived = time.perf_counter()
+        self._deadline = asyncio.get_running_loop().time() + admission.settings.request_timeout_seconds
+        self._record = request_record.current()
+        self._complete: set[str] = set()
+        self._begun = self._closed = False
+        self.generated = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Settle the limits, once the answers are over: what never had a place counts for nothing. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._begun:
+            self._reservation.settle(self._prompt_tokens + self.generated)
+        else:
+            self._reservation.undo()
+        self._record.fields["completion_tokens"] = self.generated
+
+    def complete(self, request_id: str) -> None:
+        """The answer needs no further token, though the engine would go on: its text has met a stop string."""
+        self._complete.add(request_id)
+
+    async def generate(self, engine: Engine, request: GenerationRequest) -> AsyncGenerator[Event]:
+        """Wait for a place, then the engine's events, counted and measured.
+
+        Raises Overloaded and QueueTimeout; ends with ``request_timeout`` when the deadline passes.
+        """
+        settings, metrics, queue = self._admission.settings, self._admission.metrics, self._admission.queue
+        await self._enter(len(request.prompt))
+        measured = metrics.answer(self._model, self._arrived, len(request.prompt))
+        end: Finished | Failed | None = None
+        try:
+            asked = replace(request, attribution=request.attribution or settings.count_all_shares)
+            async with aclosing(engine.generate(asked)) as events:
+                while end is None:
+                    event = await self._next(events)
+                    if isinstance(event, Tokens):
+                        self.generated += len(event.ids)
+                        queue.count(self._user_id, len(event.ids))
+                        measured.tokens(len(event.ids))
+                    else:
+                        end = event
+                        measured.shares(event.shares if isinstance(event, Finished) else None)
+                    yield event if request.attribution else _without_shares(event)
+        finally:
+            queue.leave(self._user_id)
+            reason = "stop" if request.request_id in self._complete else "abort"
+            if end is not None:
+                reason = end.reason if isinstance(end, Finished) else end.code
+            measured.ended(reason)
+            self._record.fields["reason"] = reason
+            if measured.first_token_ms is not None:
+                self._record.fields.setdefault("first_token_ms", measured.first_token_ms)
+
+    async def _enter(self, prompt_tokens: int) -> None:
+        left = self._deadline - asyncio.get_running_loop().time()
+        patience = max(0.0, min(self._admission.settings.queue_timeout_seconds, left))
+        try:
+            await self._admission.queue.enter(self._user_id, prompt_tokens, patience)
+        except Refused as refusal:
+            self._admission.metrics.refused(refusal)
+            self._record.fields["reason"] = refusal.code
+            raise
+        self._begun = True
+        waited = time.perf_counter() - self._arrived
+        self._record.fields.setdefault("queue_ms", round(1000 * waited, 1))
+        self._admission.metrics.admitted(self._model, waited)
+
+    async def _next(self, events: AsyncGenerator[Event]) -> Event:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await anext(events)
+        except TimeoutError:
+            seconds = self._admission.settings.request_timeout_seconds
+            return Failed("request_timeout", f"the answer took longer than the {seconds:g} s that this gateway allows")
+
+
+def _without_shares(event: Event) -> Event:
+    if isinstance(event, Tokens) and event.shares:
+        return replace(event, shares=())
+    if isinstance(event, Finished) and event.shares is not None:
+        return replace(event, shares=None)
+    return event

@@ -1,0 +1,181 @@
+"""The answers to one body as they are written: pieces of all choices, in the order in which they come."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from inference_gateway.admission import Grant
+from inference_gateway.api.admitted import admitted
+from inference_gateway.api.asking import Asked
+from inference_gateway.engine.base import (
+    Failed,
+    Finished,
+    GenerationRequest,
+    Shares,
+    TokenLogprobs,
+    Tokens,
+    TokenShares,
+)
+from inference_gateway.service import Service
+from inference_gateway.text import TextStream
+from policy.keys import Principal
+
+TOO_SLOW = Failed(
+    "reader_too_slow",
+    "the answer was written faster than it was read and has been given up; read faster or ask for less",
+)
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token of an answer, its part of the text, and what was asked for about it."""
+
+    id: int
+    text: str
+    logprobs: TokenLogprobs | None = None
+    shares: TokenShares | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one choice whose text is certain now; the last piece says why the answer ends, or has failed.
+
+    ``used`` counts all tokens so far, with those that are not shown.
+    """
+
+    index: int
+    tokens: tuple[ShownToken, ...]
+    used: int
+    reason: str | None = None
+    shares: Shares | None = None
+    failed: Failed | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+
+Opened = AbstractAsyncContextManager[Sequence[AsyncGenerator[Piece]]]
+
+
+class Answers:
+    """Writes ``count`` choices at once and keeps at most ``limit`` pieces for a reader; a slower one gets ``TOO_SLOW``.
+
+    ``opened`` is entered first and left when all answers are over, in whatever way.
+    """
+
+    def __init__(self, opened: Opened, count: int, limit: int):
+        self.count = count
+        self._limit = limit
+        self._pieces: deque[Piece] = deque()
+        self._news = asyncio.Event()
+        self._error: Exception | None = None
+        self._over = False
+        self._writing: list[asyncio.Task[None]] = []
+        self._task = asyncio.create_task(self._run(opened))
+
+    async def get(self, seconds: float | None = None) -> Piece | None:
+        """The next piece; None when there is none left. Raises TimeoutError, or what an answer has raised."""
+        while not self._pieces:
+            if self._error is not None:
+                raise self._error
+            if self._over:
+                return None
+            self._news.clear()
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        return self._pieces.popleft()
+
+    async def aclose(self) -> None:
+        """End what is still being written."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, opened: Opened) -> None:
+        try:
+            async with opened as answers:
+                self._writing = [asyncio.create_task(self._write(answer)) for answer in answers]
+                try:
+                    await asyncio.gather(*self._writing, return_exceptions=True)
+                finally:
+                    self._end(self._writing)
+                    await asyncio.gather(*self._writing, return_exceptions=True)
+        except Exception as error:  # noqa: BLE001 - raised where the answers are read
+            self._error = error
+        finally:
+            self._over = True
+            self._news.set()
+
+    async def _write(self, answer: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(answer):
+                async for piece in answer:
+                    if len(self._pieces) >= self._limit:
+                        self._pieces.append(Piece(piece.index, (), piece.used, failed=TOO_SLOW))
+                        self._end(self._writing)
+                    else:
+                        self._pieces.append(piece)
+                    self._news.set()
+        except Exception as error:  # noqa: BLE001 - raised where the answers are read
+            self._error = error
+            self._news.set()
+
+    def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+
+
+def begin(service: Service, caller: Principal, asked: Asked, stops: Sequence[str]) -> Answers:
+    """Begin all choices. The caller closes what this returns."""
+    return Answers(_opened(service, caller, asked, stops), len(asked.requests), service.settings.stream_buffer_events)
+
+
+@asynccontextmanager
+async def _opened(
+    service: Service, caller: Principal, asked: Asked, stops: Sequence[str]
+) -> AsyncGenerator[Sequence[AsyncGenerator[Piece]]]:
+    with await admitted(service, caller, asked.requests, asked.prompt_tokens) as grant:
+        yield [answer(service, asked, request, index, stops, grant) for index, request in enumerate(asked.requests)]
+
+
+async def answer(
+    service: Service, asked: Asked, request: GenerationRequest, index: int, stops: Sequence[str], grant: Grant
+) -> AsyncGenerator[Piece]:
+    """The pieces of one choice; the last has a reason or has failed. Closing it ends the request in the engine."""
+    text = TextStream(asked.serving.tokenizer, stops)
+    ends = {*asked.serving.eos, *request.sampling.stop_ids}
+    waiting: deque[ShownToken] = deque()
+    used = 0
+
+    def shown(pieces: Sequence[str]) -> tuple[ShownToken, ...]:
+        tokens = [(waiting.popleft(), piece) for piece in pieces]
+        return tuple(ShownToken(token.id, piece, token.logprobs, token.shares) for token, piece in tokens)
+
+    with service.permissions.watching(request.request_id, asked.decision, frozenset(asked.silos)):
+        async with aclosing(grant.generate(asked.serving.engine, request)) as events:
+            async for event in events:
+                if isinstance(event, Tokens):
+                    used += len(event.ids)
+                    fresh = [token for token in _tokens(event) if token.id not in ends]
+                    waiting.extend(fresh)
+                    tokens = shown(text.push([token.id for token in fresh]))
+                    if text.stopped:
+                        grant.complete(request.request_id)
+                        yield Piece(index, tokens, used, "stop")
+                        return
+                    if tokens:
+                        yield Piece(index, tokens, used)
+                elif isinstance(event, Finished):
+                    tokens = shown(text.finish())
+                    yield Piece(index, tokens, used, "stop" if text.stopped else event.reason, event.shares)
+                else:
+                    yield Piece(index, (), used, failed=event)
+
+
+def _tokens(event: Tokens) -> list[ShownToken]:
+    count = len(event.ids)
+    logprobs = event.logprobs or (None,) * count
+    shares = event.shares or (None,) * count
+    return [ShownToken(*one) for one in zip(event.ids, ("",) * count, logprobs, shares, strict=True)]

@@ -1,0 +1,123 @@
+"""From an admitted body to its response, plain or as a stream. The one place where answers leave the gateway."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from inference_gateway.api.answering import Answers, Piece, ShownToken, begin
+from inference_gateway.api.asking import Asked
+from inference_gateway.api.errors import failed_status, respond
+from inference_gateway.api.schema import GenerationBody
+from inference_gateway.api.streaming import EventStream, Form, events, first_piece
+from inference_gateway.service import Service
+from policy.keys import Principal
+
+
+class Format(Protocol):
+    """How one route writes answers, whole and in parts."""
+
+    def whole(self, answers: Sequence[tuple[Sequence[ShownToken], Piece]]) -> Mapping[str, Any]:
+        """The body with all choices: for each its tokens and its last piece."""
+        ...
+
+    def parts(self) -> Form: ...
+
+
+def headers_of(asked: Asked) -> dict[str, str]:
+    """The headers of every answer, beside those of ``observing``."""
+    return {
+        "X-Seqr-Policy-Version": str(asked.decision.policy_version),
+        "X-Seqr-Library-Version": asked.library_version,
+    }
+
+
+async def answered(
+    request: Request, service: Service, caller: Principal, asked: Asked, body: GenerationBody, written: Format
+) -> Response:
+    """Generate all choices and write them."""
+    headers = headers_of(asked)
+    answers = begin(service, caller, asked, body.stops)
+    if body.stream:
+        return await _stream(service, answers, body, written.parts(), headers)
+    return await _plain(answers, written, headers, request)
+
+
+async def _plain(answers: Answers, written: Format, headers: Mapping[str, str], request: Request) -> Response:
+    collecting = asyncio.create_task(_collect(answers))
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=499)  # nobody is there to read it
+        collected = collecting.result()
+    finally:
+        collecting.cancel()
+        leaving.cancel()
+        await asyncio.gather(collecting, leaving, answers.aclose(), return_exceptions=True)
+    if isinstance(collected, Piece):
+        return _refused(collected, headers)
+    return JSONResponse(written.whole(collected), headers=dict(headers))
+
+
+async def _collect(answers: Answers) -> Piece | list[tuple[list[ShownToken], Piece]]:
+    """All tokens and the last piece of each choice, or the piece with which one has failed."""
+    tokens: list[list[ShownToken]] = [[] for _ in range(answers.count)]
+    ends: dict[int, Piece] = {}
+    while (piece := await answers.get()) is not None:
+        if piece.failed is not None:
+            return piece
+        tokens[piece.index] += piece.tokens
+        if piece.reason is not None:
+            ends[piece.index] = piece
+    return [(tokens[index], ends[index]) for index in range(answers.count)]
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(
+    service: Service, answers: Answers, body: GenerationBody, form: Form, headers: Mapping[str, str]
+) -> Response:
+    keep_alive = service.settings.keep_alive_seconds
+    try:
+        # Afterwards only an event can tell of a failure.
+        first = await first_piece(answers, keep_alive)
+    except BaseException:
+        await answers.aclose()
+        raise
+    if first is not None and first.failed is not None:
+        await answers.aclose()
+        return _refused(first, headers)
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return EventStream(answers, events(answers, first, form, include_usage=usage, keep_alive=keep_alive), headers)
+
+
+def _refused(piece: Piece, headers: Mapping[str, str]) -> Response:
+    failed = piece.failed
+    if failed is None:
+        raise ValueError("this piece has not failed")
+    return respond(failed.message, failed.code, failed_status(failed), headers=headers)
+
+
+def head(asked: Asked, kind: str, prefix: str) -> dict[str, Any]:
+    """What every body and every event of an answer begins with."""
+    identifier = f"{prefix}-{uuid.uuid4().hex}"
+    return {"id": identifier, "object": kind, "created": int(time.time()), "model": asked.model}
+
+
+def usage(asked: Asked, ends: Sequence[Piece]) -> dict[str, int]:
+    """Tokens of the prompts, each counted once, and of all choices."""
+    used = sum(piece.used for piece in ends)
+    return {
+        "prompt_tokens": asked.prompt_tokens,
+        "completion_tokens": used,
+        "total_tokens": asked.prompt_tokens + used,
+    }

@@ -1,0 +1,120 @@
+"""Server-sent events: an answer piece by piece, comments while nothing happens, errors as events, [DONE] at the end."""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from inference_gateway.api.answering import Answers, Piece
+from inference_gateway.api.errors import error_body, failed_status, server_fault
+from inference_gateway.engine.base import Failed
+from seqr.errors import SeqrError
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class Form(Protocol):
+    """How one route writes the events of an answer."""
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """What every event begins with."""
+        ...
+
+    def opening(self) -> Iterable[Mapping[str, Any]]:
+        """The choices that open the stream, one event each."""
+        ...
+
+    def choices(self, piece: Piece) -> Iterable[Mapping[str, Any]]:
+        """The choices that a piece becomes, one event each; the last of a choice has its finish_reason."""
+        ...
+
+    def closing(self, ends: Sequence[Piece]) -> Mapping[str, Any]:
+        """What the last choice's event says beside the choice, with the last pieces of all choices."""
+        ...
+
+    def usage(self, ends: Sequence[Piece]) -> Mapping[str, int]: ...
+
+
+class EventStream(StreamingResponse):
+    """A stream of events that ends its answers however it ends, even when it never began."""
+
+    def __init__(self, answers: Answers, body: AsyncGenerator[bytes], headers: Mapping[str, str]):
+        # Some proxies hold a stream back until they are told not to.
+        extra = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(body, media_type="text/event-stream", headers={**headers, **extra})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answers.aclose()
+
+
+async def events(
+    answers: Answers, first: Piece | None, form: Form, *, include_usage: bool, keep_alive: float
+) -> AsyncGenerator[bytes]:
+    """The events of a stream. ``first`` is the piece that has been read already, if it came in time.
+
+    ``keep_alive``: seconds of silence after which a comment is sent.
+    """
+    silent = {"usage": None} if include_usage else {}
+    ends: list[Piece] = []
+    for choice in form.opening():
+        yield _event({**form.head, "choices": [choice], **silent})
+    piece = first
+    while True:
+        if piece is None:
+            try:
+                piece = await answers.get(keep_alive)
+            except TimeoutError:
+                yield KEEP_ALIVE
+                continue
+            except Exception as error:
+                log.exception("a stream ends with an error")
+                yield _event(_told(error))
+                break
+        if piece is None:
+            break
+        if piece.failed is not None:
+            yield _event(_failed(piece.failed))
+            break
+        if piece.reason is not None:
+            ends.append(piece)
+        written = [{**form.head, "choices": [choice], **silent} for choice in form.choices(piece)]
+        if len(ends) == answers.count:
+            written[-1] |= form.closing(ends)
+        for body in written:
+            yield _event(body)
+        piece = None
+    if include_usage and len(ends) == answers.count:
+        yield _event({**form.head, "choices": [], "usage": form.usage(ends)})
+    yield b"data: [DONE]\n\n"
+
+
+async def first_piece(answers: Answers, seconds: float) -> Piece | None:
+    """The piece that decides between an HTTP error and a stream, if it comes within ``seconds``."""
+    try:
+        return await answers.get(seconds)
+    except TimeoutError:
+        return None
+
+
+def _failed(failed: Failed) -> Mapping[str, Any]:
+    return error_body(failed.message, failed.code, failed_status(failed))
+
+
+def _told(error: Exception) -> Mapping[str, Any]:
+    if isinstance(error, SeqrError):
+        return error_body(str(error), error.code, 503)
+    return server_fault()
+
+
+def _event(body: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

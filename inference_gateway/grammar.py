@@ -1,0 +1,89 @@
+"""Grammars for answers that must match something, through llguidance. Only this file knows the library.
+
+A grammar is a string in llguidance's own notation, made by ``json_schema`` or ``lark`` and checked before a request
+reaches the engine. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+
+from inference_gateway.errors import GrammarInvalid, GrammarTooComplex
+from inference_gateway.json_rules import schema_text
+
+
+class Grammars:
+    """The grammars that answers of one tokenizer can be held to, and the bytes of its tokens.
+
+    ``vocabulary``: how many logits the model has. ``eos``: the tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]):
+        self._source = tokenizer
+        self._vocabulary = vocabulary
+        self._eos = list(eos)
+        self._limits = LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
+        self._lock = threading.Lock()
+        self._made: LLTokenizer | None = None
+
+    @property
+    def _tokenizer(self) -> LLTokenizer:
+        with self._lock:  # takes a second for a large vocabulary
+            if self._made is None:
+                self._made = from_tokenizer(self._source, n_vocab=self._vocabulary, eos_token=self._eos)
+            return self._made
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token's text, which need not be whole characters."""
+        return bytes(self._tokenizer.decode_bytes([token]))
+
+    def json_schema(self, schema: Mapping[str, Any]) -> str:
+        """The grammar of JSON that ``schema`` describes. Raises GrammarInvalid with the library's reason."""
+        return self._checked(LLMatcher.grammar_from_json_schema(schema_text(schema)))
+
+    def lark(self, rules: str) -> str:
+        """The grammar of llguidance's Lark dialect. Raises GrammarInvalid with the library's reason."""
+        return self._checked(LLMatcher.grammar_from_lark(rules))
+
+    def _checked(self, grammar: str) -> str:
+        problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=self._limits)
+        if problem:
+            raise GrammarInvalid(_short(problem))
+        return grammar
+
+    def matcher(self, grammar: str) -> "GrammarMatcher":
+        """A new matcher at the beginning of a grammar."""
+        return GrammarMatcher(LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits), self._vocabulary)
+
+
+class GrammarMatcher:
+    """See ``inference_gateway.engine.sampling.Matcher``. When nothing more can follow, only the end may."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int):
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+
+    def allowed(self) -> torch.Tensor:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        mask = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(bool)
+        if not mask.any():
+            raise GrammarTooComplex("the answer's grammar allows no token here; simplify the schema")
+        return torch.from_numpy(mask)
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarTooComplex(f"the answer's grammar cannot be followed: {_short(self._matcher.get_error())}")
+
+
+def _short(reason: str) -> str:
+    return " ".join(reason.split())[:300]
