@@ -219,6 +219,9 @@ class PermissionRows:
         self._rows = {frozenset[str](): 0}
         self._table = self._build()
 
+    def __len__(self) -> int:
+        return len(self._sets)
+
     @property
     def table(self) -> torch.Tensor:
         """bool [P, N] on the library's device."""

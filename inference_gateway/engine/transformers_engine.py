@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from inference_gateway.engine.attribution import Part, attribute, attributed_parts, watched_tokens
 from inference_gateway.engine.base import (
     AdapterKey,
     EngineInfo,
@@ -19,16 +21,18 @@ from inference_gateway.engine.base import (
     StepGuard,
     Tokens,
 )
-from inference_gateway.engine.batching_edge import Batch, BatchingEdge, Output, Slice
+from inference_gateway.engine.batching_edge import BatchingEdge
+from inference_gateway.engine.prefixes import chain_root
 from inference_gateway.engine.sampling import draw_of
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.engine.stepper import Batch, Output, Slice
 from inference_gateway.errors import EngineStopped
 from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows, Statistics
 from seqr.plan import Plan
-from seqr.routing.evidence import EvidenceStale, EvidenceState, Standing
-from seqr.step import BaseOnly, Segment, StepContext
+from seqr.routing.evidence import GRID, EvidenceStale, EvidenceState, Standing
+from seqr.step import BaseOnly, Segment, StepContext, standing_lead
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +44,20 @@ MAX_ROWS = 1024
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much an engine holds at once. ``kv_tokens``: tokens of KV cache, shared by all running requests."""
+    """How much an engine holds at once, and how it computes.
+
+    ``kv_tokens``: tokens of KV cache, shared by all running requests. ``prefix_sharing``: prompts that begin alike are
+    computed once for equal permitted sets and salts, see decision 14. ``deterministic``: an answer's bits do not depend
+    on what else is in the batch; slower, and for CPUs only (``engine.invariant``).
+    """
 
     max_concurrent: int = 16
     max_batch_tokens: int = 256
     kv_tokens: int = 16_384
     page_size: int = 32
     max_model_length: int | None = None
+    prefix_sharing: bool = False
+    deterministic: bool = False
 
 
 class TransformersEngine:
@@ -76,6 +87,9 @@ class TransformersEngine:
         self._waiting = 0
         self._step: StepContext | None = None
         self._batch: Batch | None = None
+        self._parts: list[Part] = []
+        self._began = self._step_seconds = self._last_step_seconds = 0.0
+        self._prefix_queries = self._prefix_hits = self._preemptions = 0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._edge = BatchingEdge(
             model,
@@ -84,6 +98,8 @@ class TransformersEngine:
             max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
             kv_tokens=limits.kv_tokens,
             page_size=limits.page_size,
+            prefix_sharing=limits.prefix_sharing,
+            deterministic=limits.deterministic,
         )
 
     async def start(self) -> None:
@@ -95,6 +111,7 @@ class TransformersEngine:
             self._sequences.end(sequence.request_id, BROKEN)
 
     def info(self) -> EngineInfo:
+        blocks, used = self._edge.kv_blocks()
         return EngineInfo(
             name="transformers",
             max_model_length=self._max_length,
@@ -107,6 +124,14 @@ class TransformersEngine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             alive=self._edge.alive,
+            kv_blocks=blocks,
+            kv_blocks_used=used,
+            permission_rows=len(self._rows),
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            step_seconds=self._step_seconds,
+            last_step_seconds=self._last_step_seconds,
         )
 
     # Adapters
@@ -147,6 +172,7 @@ class TransformersEngine:
                     if not sequence.request.adapters <= self._keys:
                         self._sequences.end(sequence.request_id, REPLACED)
                         self._edge.drop(sequence.pass_id)
+                self._edge.forget_prefixes()
                 if before - self._keys:
                     # What an adapter has left in the cache goes with it.
                     self._edge.wipe_cache([sequence.pass_id for sequence in self._sequences])
@@ -179,6 +205,8 @@ class TransformersEngine:
                 self._submit(sequence)
                 while True:
                     event = await queue.get()
+                    if isinstance(event, Tokens) and sequence.failed:
+                        continue  # the request has failed since: none of what it still had may leave
                     yield event
                     if not isinstance(event, Tokens):
                         return
@@ -190,7 +218,20 @@ class TransformersEngine:
     def _submit(self, sequence: Running) -> None:
         # The library gives at least one token; of a prompt that is only read it is thrown away.
         tokens = 1 if sequence.reading else sequence.request.max_tokens
+        self._allow_sharing(sequence)
         self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(self._eos))
+
+    def _allow_sharing(self, sequence: Running) -> None:
+        """Give the pass the root of its block names, if its keys and values depend on no more than the root says."""
+        request, library = sequence.request, self._library
+        sequence.chain = []
+        if not self._limits.prefix_sharing or sequence.reading or request.mode == "evidence":
+            return  # a pass that gathers evidence has to see every token
+        winner = None
+        if request.mode == "prompt_evidence":
+            rows = PermissionRows(library)
+            winner, _ = standing_lead(rows, rows.row_for(sequence.silos), sequence.standing or Standing({}))
+        sequence.chain, sequence.library_version = [chain_root(request, library.version, winner)], library.version
 
     async def abort(self, request_id: str) -> None:
         self._end(request_id, None)
@@ -209,7 +250,7 @@ class TransformersEngine:
 
     def begin(self, batch: Batch) -> StepContext | BaseOnly:
         """The permissions and evidence of a step. Whatever is in doubt gets row 0 and its request ends."""
-        self._batch, self._step = batch, None
+        self._batch, self._step, self._began = batch, None, time.perf_counter()
         try:
             for slot in self._sequences.reclaim():
                 self._evidence.free(slot)
@@ -217,7 +258,9 @@ class TransformersEngine:
             if self._rows.table.shape[0] > MAX_ROWS:
                 self._rows = PermissionRows(self._library)
             segments = [self._segment(one) for one in batch.slices]
-            self._step = StepContext(self._rows, segments, self._evidence, batch.tokens)
+            self._parts = attributed_parts(batch, self._sequences.get)
+            watched = watched_tokens(self._parts)
+            self._step = StepContext(self._rows, segments, self._evidence, batch.tokens, watched=watched)
         except Exception:
             log.exception("no step context could be made; the step runs without adapters and its requests end")
             for one in batch.slices:
@@ -233,6 +276,7 @@ class TransformersEngine:
         if not sequence.request.adapters <= self._keys:
             self._end_pass(one.request_id, REPLACED)
             return nobody
+        self._follow(sequence, one)
         row = 0 if sequence.reading else self._rows.row_for(sequence.silos)
         mode, standing = sequence.request.mode, sequence.standing
         if mode == "per_token":
@@ -250,6 +294,21 @@ class TransformersEngine:
             return nobody
         return Segment(row, one.position, one.length, slot, "evidence", sequence.request.frame)
 
+    def _follow(self, sequence: Running, one: Slice) -> None:
+        """Count where a pass begins: after what it found in the cache, or again after it was preempted."""
+        if one.position < sequence.next_position:
+            self._preemptions += 1
+        elif sequence.next_position == 0 and sequence.chain:
+            self._prefix_queries += len(sequence.request.prompt)
+            self._prefix_hits += one.position
+        sequence.next_position = one.position + one.length
+
+    def prefix_chain(self, request_id: str) -> list[bytes] | None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.chain or sequence.library_version != self._library.version:
+            return None
+        return sequence.chain
+
     def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
         best = logits.max(dim=1).values.tolist()
         for row, request_id in enumerate(request_ids):
@@ -265,15 +324,17 @@ class TransformersEngine:
                 logits[row, token] = 0.0
 
     def completed(self) -> None:
-        step, batch, self._step, self._batch = self._step, self._batch, None, None
-        if step is None or batch is None:
+        step, parts, self._step, self._batch, self._parts = self._step, self._parts, None, None, []
+        if step is None:
             return
         step.finish()
         self._steps += 1
-        self._attribute(step, batch)
+        self._last_step_seconds = time.perf_counter() - self._began
+        self._step_seconds += self._last_step_seconds
+        attribute(parts, step, len(self._plan.modules))
 
     def failed(self, error: Exception) -> None:
-        batch, self._step, self._batch = self._batch, None, None
+        batch, self._step, self._batch, self._parts = self._batch, None, None, []
         for one in batch.slices if batch is not None else ():
             self._end_pass(one.request_id, BROKEN)
 
@@ -304,7 +365,9 @@ class TransformersEngine:
             self._sequences.end(sequence.request_id, BROKEN)
         elif output.finished:
             adapters = {(key.silo_id, key.revision) for key in sequence.request.adapters}
-            self._sequences.has_read(sequence, self._evidence.standing(sequence.slot, adapters))
+            standing = self._evidence.standing(sequence.slot, adapters)
+            sequence.margin = self._margin(sequence, standing)
+            self._sequences.has_read(sequence, standing)
             try:
                 self._submit(sequence)
             except EngineStopped:
@@ -321,31 +384,13 @@ class TransformersEngine:
         for request_id, why in withdrawn.items():
             self._end(request_id, why)
 
-    def _attribute(self, step: StepContext, batch: Batch) -> None:
-        asked = [(index, self._sequences.get(one.request_id)) for index, one in enumerate(batch.slices)]
-        wanted = {i: s for i, s in asked if s is not None and s.request.attribution and not s.reading}
-        if not wanted:
-            return
-        counts, start = step.choice_counts(), 0
-        for index, one in enumerate(batch.slices):
-            sequence = wanted.get(index)
-            if sequence is not None:
-                part = counts[start : start + one.length]
-                first_answer = max(0, len(sequence.request.prompt) - 1 - one.position)
-                modules = len(self._plan.modules)
-                sequence.choices += one.length * modules
-                sequence.answer_choices += max(0, one.length - first_answer) * modules
-                _add(sequence.counts, step.library.silos, part.sum(0).tolist())
-                _add(sequence.answer_counts, step.library.silos, part[first_answer:].sum(0).tolist())
-            start += one.length
+    def _margin(self, sequence: Running, standing: Standing) -> float | None:
+        """By how much a prompt spoke for its winner: the difference of the mean scores of its words and modules."""
+        _, ahead = standing_lead(self._rows, self._rows.row_for(sequence.silos), standing)
+        spoken = sequence.request.frame.spoken(len(sequence.request.prompt))
+        return None if ahead is None else ahead / (GRID * max(1, spoken) * len(self._plan.modules))
 
 
 def _must_read(request: GenerationRequest) -> bool:
     """Whether the prompt has to be read first: not where there is nothing to choose between."""
     return request.mode == "prompt_evidence" and len(request.adapters) > 1
-
-
-def _add(counts: dict[str, int], silos: Sequence[str], totals: Sequence[int]) -> None:
-    for silo, total in zip(silos, totals, strict=False):
-        if total:
-            counts[silo] = counts.get(silo, 0) + int(total)

@@ -1,0 +1,34 @@
+"""What two requests must have in common before the keys and values of one may serve the other (decision 14).
+
+A full block of a request's cache is named by a chain of hashes: block i's name covers all tokens up to its end, and the
+chain's root covers everything else that its keys and values depend on. Names are keyed with a secret of the process.
+"""
+
+import json
+import secrets
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from inference_gateway.engine.base import AdapterKey, GenerationRequest
+
+_SECRET = secrets.token_bytes(32)
+
+
+def chain_root(request: GenerationRequest, library_version: int, winner: str | None) -> bytes:
+    """The root of a request's chain: its permitted set, mode and salt, the library, and whom its prompt spoke for.
+
+    ``winner`` is the silo that a ``prompt_evidence`` request settled on; in other modes None.
+    """
+    keys = [(key.silo_id, key.revision, key.digest) for key in sorted(request.adapters, key=_by_name)]
+    parts = [request.mode, library_version, keys, winner, request.cache_salt]
+    return blake2b(json.dumps(parts).encode(), key=_SECRET, digest_size=32).digest()
+
+
+def block_name(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a block that holds ``tokens`` after the block (or root) named ``parent``."""
+    return blake2b(parent + array("q", tokens).tobytes(), key=_SECRET, digest_size=32).digest()
+
+
+def _by_name(key: AdapterKey) -> tuple[str, int, str]:
+    return key.silo_id, key.revision, key.digest
