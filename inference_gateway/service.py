@@ -175,6 +175,8 @@ class Service:
             settings.max_batch_tokens,
             settings.kv_tokens,
             max_model_length=settings.max_model_length,
+            prefix_sharing=settings.prefix_sharing,
+            deterministic=settings.deterministic,
         )
         engine = TransformersEngine(model, plan, self.permissions, _eos(model, tokenizer), limits)
         self.waiting_for = "the engine"

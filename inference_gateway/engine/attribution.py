@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from inference_gateway.engine.base import TokenShares
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.stepper import Batch
-from seqr.step import StepContext
+from seqr.library import PermissionRows
+from seqr.routing.evidence import GRID, Standing
+from seqr.step import StepContext, standing_lead
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ def attribute(parts: Sequence[Part], step: StepContext, modules: int) -> None:
             settled = sequence.request.mode == "prompt_evidence"
             margin = sequence.margin if settled else margins[part.end - 1]
             sequence.token_shares.append(TokenShares(last, modules, margin))
+
+
+def prompt_margin(sequence: Running, rows: PermissionRows, standing: Standing, modules: int) -> float | None:
+    """By how much a prompt spoke for its winner: the difference of the mean scores of its words and modules."""
+    _, ahead = standing_lead(rows, rows.row_for(sequence.silos), standing)
+    spoken = sequence.request.frame.spoken(len(sequence.request.prompt))
+    return None if ahead is None else ahead / (GRID * max(1, spoken) * modules)
 
 
 def _add(counts: dict[str, int], silos: Sequence[str], totals: Sequence[int]) -> None:

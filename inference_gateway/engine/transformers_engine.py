@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from inference_gateway.engine.attribution import Part, attribute, attributed_parts, watched_tokens
+from inference_gateway.engine.attribution import Part, attribute, attributed_parts, prompt_margin, watched_tokens
 from inference_gateway.engine.base import (
     AdapterKey,
     EngineInfo,
@@ -31,7 +31,7 @@ from inference_gateway.errors import EngineStopped
 from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows, Statistics
 from seqr.plan import Plan
-from seqr.routing.evidence import GRID, EvidenceStale, EvidenceState, Standing
+from seqr.routing.evidence import EvidenceStale, EvidenceState, Standing
 from seqr.step import BaseOnly, Segment, StepContext, standing_lead
 
 log = logging.getLogger(__name__)
@@ -205,8 +205,13 @@ class TransformersEngine:
                 self._submit(sequence)
                 while True:
                     event = await queue.get()
-                    if isinstance(event, Tokens) and sequence.failed:
-                        continue  # the request has failed since: none of what it still had may leave
+                    if isinstance(event, Tokens):
+                        # What lies here for a slow reader must not leave once its silo or its permission is gone.
+                        if not request.adapters <= self._keys:
+                            yield REPLACED
+                            return
+                        if sequence.failed:
+                            continue
                     yield event
                     if not isinstance(event, Tokens):
                         return
@@ -366,7 +371,7 @@ class TransformersEngine:
         elif output.finished:
             adapters = {(key.silo_id, key.revision) for key in sequence.request.adapters}
             standing = self._evidence.standing(sequence.slot, adapters)
-            sequence.margin = self._margin(sequence, standing)
+            sequence.margin = prompt_margin(sequence, self._rows, standing, len(self._plan.modules))
             self._sequences.has_read(sequence, standing)
             try:
                 self._submit(sequence)
@@ -383,12 +388,6 @@ class TransformersEngine:
             withdrawn = {s.request_id: BROKEN for s in self._sequences if s.request.adapters}
         for request_id, why in withdrawn.items():
             self._end(request_id, why)
-
-    def _margin(self, sequence: Running, standing: Standing) -> float | None:
-        """By how much a prompt spoke for its winner: the difference of the mean scores of its words and modules."""
-        _, ahead = standing_lead(self._rows, self._rows.row_for(sequence.silos), standing)
-        spoken = sequence.request.frame.spoken(len(sequence.request.prompt))
-        return None if ahead is None else ahead / (GRID * max(1, spoken) * len(self._plan.modules))
 
 
 def _must_read(request: GenerationRequest) -> bool:
