@@ -87,19 +87,24 @@ async def main() -> None:
         return time.process_time() - start
 
     shares: dict[str, list[float]] = {}
+
+    def note(name: str, share: float) -> None:
+        shares.setdefault(name, []).append(share)
+        print(json.dumps({"case": name, "round": len(shares[name]), "share_of_plain": round(share, 3)}), flush=True)
+
     for round_ in range(options.rounds + 1):  # the first one warms up
         for mode in ("prompt_evidence", "per_token"):
             plain = await rate(engines["plain"], mode, False)
             told = await rate(engines["plain"], mode, True)
             fixed = await rate(engines["deterministic"], mode, False)
             if round_:
-                shares.setdefault(f"{mode}, attribution", []).append(told / plain)
-                shares.setdefault(f"{mode}, deterministic", []).append(fixed / plain)
+                note(f"{mode}, tokens per second with attribution", told / plain)
+                note(f"{mode}, tokens per second in deterministic mode", fixed / plain)
         without, with_ = [await second_turn(engines[name], round_) for name in ("plain", "sharing")]
         if round_:
-            shares.setdefault("second turn, time with prefix sharing", []).append(with_ / without)
+            note("second turn, time with prefix sharing", with_ / without)
     for name, values in shares.items():
-        print(json.dumps({"case": name, "share_of_plain": round(statistics.median(values), 3)}))
+        print(json.dumps({"case": name, "median_share_of_plain": round(statistics.median(values), 3)}))
     for engine in engines.values():
         await engine.stop()
 

@@ -11,8 +11,26 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from inference_gateway.engine.base import AdapterKey, GenerationRequest
+from inference_gateway.engine.sequences import Sequence as Running
+from seqr.library import Library, PermissionRows
+from seqr.routing.evidence import Standing
+from seqr.step import standing_lead
 
 _SECRET = secrets.token_bytes(32)
+
+
+def chain_of(sequence: Running, library: Library) -> list[bytes]:
+    """The names of a pass's blocks before it has any: their root, or nothing if it must compute every token.
+
+    A pass that gathers evidence must: a token that is not computed says nothing.
+    """
+    request, winner = sequence.request, None
+    if sequence.reading or request.mode == "evidence":
+        return []
+    if request.mode == "prompt_evidence":
+        rows = PermissionRows(library)
+        winner, _ = standing_lead(rows, rows.row_for(sequence.silos), sequence.standing or Standing({}))
+    return [chain_root(request, library.version, winner)]
 
 
 def chain_root(request: GenerationRequest, library_version: int, winner: str | None) -> bytes:

@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from inference_gateway.engine.base import (
     Tokens,
 )
 from inference_gateway.engine.batching_edge import BatchingEdge
-from inference_gateway.engine.prefixes import chain_root
+from inference_gateway.engine.limits import EngineLimits
+from inference_gateway.engine.prefixes import chain_of
 from inference_gateway.engine.sampling import draw_of
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.sequences import SequenceTable
@@ -32,7 +32,9 @@ from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows, Statistics
 from seqr.plan import Plan
 from seqr.routing.evidence import EvidenceStale, EvidenceState, Standing
-from seqr.step import BaseOnly, Segment, StepContext, standing_lead
+from seqr.step import BaseOnly, Segment, StepContext
+
+__all__ = ["EngineLimits", "TransformersEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +42,6 @@ REPLACED = Failed("adapter_replaced", "a silo's adapter changed while this answe
 BROKEN = Failed("generation_failed", "the answer could not be finished because of an internal error; ask again")
 # Sets that users narrow by hand could fill the table without end; it is rebuilt from the running requests then.
 MAX_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much an engine holds at once, and how it computes.
-
-    ``kv_tokens``: tokens of KV cache, shared by all running requests. ``prefix_sharing``: prompts that begin alike are
-    computed once for equal permitted sets and salts, see decision 14. ``deterministic``: an answer's bits do not depend
-    on what else is in the batch; slower, and for CPUs only (``engine.invariant``).
-    """
-
-    max_concurrent: int = 16
-    max_batch_tokens: int = 256
-    kv_tokens: int = 16_384
-    page_size: int = 32
-    max_model_length: int | None = None
-    prefix_sharing: bool = False
-    deterministic: bool = False
 
 
 class TransformersEngine:
@@ -223,20 +207,10 @@ class TransformersEngine:
     def _submit(self, sequence: Running) -> None:
         # The library gives at least one token; of a prompt that is only read it is thrown away.
         tokens = 1 if sequence.reading else sequence.request.max_tokens
-        self._allow_sharing(sequence)
+        if self._limits.prefix_sharing:
+            library = self._library
+            sequence.chain, sequence.library_version = chain_of(sequence, library), library.version
         self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(self._eos))
-
-    def _allow_sharing(self, sequence: Running) -> None:
-        """Give the pass the root of its block names, if its keys and values depend on no more than the root says."""
-        request, library = sequence.request, self._library
-        sequence.chain = []
-        if not self._limits.prefix_sharing or sequence.reading or request.mode == "evidence":
-            return  # a pass that gathers evidence has to see every token
-        winner = None
-        if request.mode == "prompt_evidence":
-            rows = PermissionRows(library)
-            winner, _ = standing_lead(rows, rows.row_for(sequence.silos), sequence.standing or Standing({}))
-        sequence.chain, sequence.library_version = [chain_root(request, library.version, winner)], library.version
 
     async def abort(self, request_id: str) -> None:
         self._end(request_id, None)
