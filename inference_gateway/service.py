@@ -194,6 +194,8 @@ class Service:
             settings.max_batch_tokens,
             settings.kv_tokens,
             max_model_length=settings.max_model_length,
+            prefix_sharing=settings.prefix_sharing,
+            deterministic=settings.deterministic,
         )
         eos, vocabulary = _eos(model, tokenizer), int(model.get_output_embeddings().weight.shape[0])
         grammars = Grammars(tokenizer, vocabulary, eos)

@@ -75,6 +75,10 @@ class Settings(FileSettings):
     max_batch_tokens: int = Field(default=256, ge=1)
     kv_tokens: int = Field(default=16_384, ge=64)
     max_model_length: int | None = Field(default=None, ge=1)
+    # Compute the beginning that prompts share once, among requests that may use the same silos (decision 14).
+    prefix_sharing: bool = False
+    # Answers whose bits do not depend on what else is asked at the same time; slower, on CPUs only.
+    deterministic: bool = False
     default_max_tokens: int = Field(default=512, ge=1)
     # A stream that is silent for this long sends a comment, so that nothing on the way takes it for dead.
     keep_alive_seconds: float = Field(default=15, gt=0)

@@ -19,6 +19,12 @@ class Frame:
         """Whether the token at ``position`` counts as evidence."""
         return position >= max(1, self.head) and position not in self.tail
 
+    def spoken(self, end: int) -> int:
+        """How many of the positions below ``end`` count as evidence."""
+        head = max(1, self.head)
+        silent = len(range(max(head, self.tail.start), min(end, self.tail.stop)))
+        return max(0, end - head) - silent
+
 
 # A prompt without a chat around it: only position 0 is silent.
 NO_FRAME = Frame()

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from seqr.adapter import Adapter, ModuleAdapter
 from seqr.errors import SeqrError
 from seqr.plan import ModuleSpec, Plan
-from seqr.routing.exact import Truth
+from seqr.routing.exact import Truth, bounds
 from seqr.routing.features import feature_count, gram
 from seqr.routing.per_token import Columns
 from seqr.routing.products import COLUMN_BLOCK, column_blocks
@@ -54,6 +55,13 @@ class ModuleColumn:
     r: torch.Tensor
     mu: float
     sigma: float
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """c and a of ``seqr.routing.exact``, once per adapter: a library is made anew at every swap."""
+        with torch.inference_mode(False):
+            slope, floor = bounds(self.r[None], torch.tensor([self.sigma], dtype=torch.float64))
+            return float(slope), float(floor)
 
 
 @dataclass(frozen=True)
@@ -182,15 +190,15 @@ class Library:
 
     def _stack(self, index: int) -> ModuleStack:
         parts = [column.modules[index] for column in self._columns]
-        rank = self.plan.rank
-        grams, r = torch.zeros(self.width, feature_count(rank)), torch.zeros(self.width, rank, rank)
-        offset = torch.zeros(self.width)
-        mu, sigma = (torch.zeros(self.width, dtype=torch.float64) for _ in range(2))
-        for column, part in enumerate(parts):
-            grams[column], r[column] = part.gram, part.r
-            offset[column], mu[column], sigma[column] = part.offset, part.mu, part.sigma
+        rank, padding = self.plan.rank, self.width - len(parts)
+        grams = torch.stack([*(part.gram for part in parts), *[torch.zeros(feature_count(rank))] * padding])
+        r = torch.stack([*(part.r for part in parts), *[torch.zeros(rank, rank)] * padding])
+        offset = torch.tensor([*(part.offset for part in parts), *[0.0] * padding])
+        numbers = [*((part.mu, part.sigma, *part.bounds) for part in parts), *[(0.0, 0.0, 0.0, 0.0)] * padding]
+        mu, sigma, slope, floor = (torch.tensor(c, dtype=torch.float64) for c in zip(*numbers, strict=True))
         usable = (sigma > 0.0) & ~offset.isnan()
-        truth = Truth.of(*(t.to(self.device) for t in (r, mu, sigma, usable)))
+        r, mu, sigma, usable, slope, floor = (t.to(self.device) for t in (r, mu, sigma, usable, slope, floor))
+        truth = Truth.of(r, mu, sigma, usable, (slope, floor))
         return ModuleStack(
             column_blocks(grams).to(self.device), offset.to(self.device), tuple(part.b_t for part in parts), truth
         )
@@ -218,6 +226,9 @@ class PermissionRows:
         self._sets: list[frozenset[str]] = [frozenset()]
         self._rows = {frozenset[str](): 0}
         self._table = self._build()
+
+    def __len__(self) -> int:
+        return len(self._sets)
 
     @property
     def table(self) -> torch.Tensor:

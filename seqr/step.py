@@ -3,6 +3,8 @@
 Layers know nothing of users or requests. A step is a flat batch of T tokens: one segment per sequence, then padding.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,10 +16,11 @@ from seqr.errors import SeqrError
 from seqr.frame import NO_FRAME, Frame
 from seqr.library import Library, PermissionRows
 from seqr.routing import per_token
-from seqr.routing.evidence import EvidencePass, EvidenceState, Spans, Standing, recency
+from seqr.routing.evidence import GRID, EvidencePass, EvidenceState, Spans, Standing, recency
 from seqr.routing.groups import Groups
+from seqr.routing.margins import lead, mean_leads
 from seqr.routing.per_token import Gate
-from seqr.routing.scores import choose, scores
+from seqr.routing.scores import choose, scores, usable
 
 MODES = ("prompt_evidence", "evidence", "per_token")
 
@@ -59,9 +62,9 @@ class StepContext:
     """One forward pass over ``tokens`` tokens: ``segments`` in order, the rest (at the end) padding with row 0.
 
     ``evidence`` is needed when a segment's mode is evidence. exact: decide per-token choices in fp64 where fp32 cannot;
-    by default on CPUs, where looking at a flag does not stall a device. Raises ``StepMismatch`` or ``EvidenceStale``,
-    before any state is touched. A step serves one forward pass; ``finish`` it afterwards, or free its slots when the
-    pass failed.
+    by default on CPUs, where looking at a flag does not stall a device. watched: tokens of the flat batch, by index,
+    whose ``margins`` are wanted. Raises ``StepMismatch`` or ``EvidenceStale``, before any state is touched. A step
+    serves one forward pass; ``finish`` it afterwards, or free its slots when the pass failed.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class StepContext:
         evidence: EvidenceState | None = None,
         tokens: int | None = None,
         exact: bool | None = None,
+        watched: Sequence[int] = (),
     ):
         used = sum(segment.length for segment in segments)
         self.library = rows.library
@@ -110,6 +114,9 @@ class StepContext:
         # what it has gathered by then must not depend on who else was in the batch.
         self.idle = not self.library.silos or (self._pass is None and not bool(self.permitted.any()))
         self._gate = Gate(self.permitted)
+        self._watches = _watches(segments, watched, device)
+        self._watched = tuple(watched)
+        self._leads: dict[str, list[torch.Tensor]] = {watch.mode: [] for watch in self._watches}
 
     def choose(self, module: int, z: torch.Tensor) -> torch.Tensor:
         """The column for each token at module ``module`` (its index in the plan): z [T, r] fp32 -> int64 [T], or -1."""
@@ -123,6 +130,8 @@ class StepContext:
         else:
             column = self._by_score(module, z)
         self.choices.append(column)
+        for watch in self._watches:
+            self._leads[watch.mode].append(self._lead(watch, module, z, column.index_select(0, watch.tokens)))
         return column
 
     def _by_score(self, module: int, z: torch.Tensor) -> torch.Tensor:
@@ -141,6 +150,15 @@ class StepContext:
         stack = self.library.stacks[module]
         return per_token.route_activations(z, stack, self._gate, stack.truth if self._exact else None)
 
+    def _lead(self, watch: "_Watch", module: int, z: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        stack = self.library.stacks[module]
+        permitted = self.permitted.index_select(0, watch.tokens)
+        if watch.mode == "evidence" and self._pass is not None:
+            value = self._pass.value_at(watch.tokens) * watch.scale
+            return lead(value, permitted & ~stack.offset.isnan(), column)
+        score = scores(z.index_select(0, watch.tokens), stack.gram, stack.offset)
+        return lead(score, permitted & usable(score), column)
+
     def grouped(self, column: torch.Tensor) -> Groups:
         """The choices of ``choose`` [T] as groups; the last module's are kept, as the next often repeats them."""
         columns = column.tolist()
@@ -153,13 +171,29 @@ class StepContext:
         if self._evidence is not None:
             self._evidence.finish(self._slots)
 
-    def choice_counts(self) -> torch.Tensor:
-        """Attribution: int64 [T, N] on the CPU, how many modules chose each column for each token."""
-        counts = torch.zeros(self.tokens, self.library.width + 1, dtype=torch.int64)
+    def choice_counts(self, tokens: Sequence[int] | None = None) -> torch.Tensor:
+        """Attribution: int64 [T, N] on the CPU, how many modules chose each column for each token (all, or those)."""
+        counts = torch.zeros(self.tokens if tokens is None else len(tokens), self.library.width + 1, dtype=torch.int64)
         if self.choices:
-            chosen = torch.stack(self.choices, dim=1).cpu() + 1
+            chosen = torch.stack(self.choices, dim=1)
+            if tokens is not None:
+                chosen = chosen.index_select(0, torch.tensor(tokens, dtype=torch.int64, device=chosen.device))
+            chosen = chosen.cpu() + 1
             counts.scatter_add_(1, chosen, torch.ones_like(chosen))
         return counts[:, 1:]
+
+    def margins(self) -> list[float | None]:
+        """For each watched token how far the choice lay above the next permitted one, mean over the modules.
+
+        In the units of its mode: per_token the score's, evidence the value's (``seqr.routing.evidence``). None where
+        there was nothing to choose between, and for prompt_evidence, whose choice was made before: ``standing_lead``.
+        """
+        found: dict[int, float | None] = {}
+        for watch in self._watches:
+            leads = self._leads[watch.mode]
+            if leads:
+                found.update(zip(watch.tokens.tolist(), mean_leads(leads), strict=True))
+        return [found.get(token) for token in self._watched]
 
     def silo_counts(self) -> list[dict[str, int]]:
         """Attribution per segment: silo id -> (token, module) choices; silos that shaped nothing are left out."""
@@ -245,19 +279,71 @@ def _token_flags(flags: Sequence[bool], lengths: torch.Tensor, device: torch.dev
     return torch.tensor([*flags, False]).repeat_interleave(lengths).to(device)
 
 
-def _settle(rows: PermissionRows, segments: Sequence[Segment], lengths: torch.Tensor) -> torch.Tensor:
-    """The one column of every token of the segments that have a standing: int64 [T], -1 for nobody and elsewhere."""
+@dataclass(frozen=True)
+class _Watch:
+    """The watched tokens of one mode: int64 [A]; scale fp64 [A, 1] turns evidence sums into means of the score."""
+
+    mode: str
+    tokens: torch.Tensor
+    scale: torch.Tensor
+
+
+def _watches(segments: Sequence[Segment], watched: Sequence[int], device: torch.device) -> tuple[_Watch, ...]:
+    """The watched tokens whose choice this pass makes, by mode."""
+    found: dict[str, list[tuple[int, float]]] = {"evidence": [], "per_token": []}
+    starts = [0]
+    for segment in segments:
+        starts.append(starts[-1] + segment.length)
+    for token in watched:
+        index = bisect_right(starts, token) - 1
+        if token < 0 or index >= len(segments):
+            raise StepMismatch(f"token {token} is in no segment of the step, so it cannot be watched")
+        segment = segments[index]
+        spoken = segment.frame.spoken(segment.position + token - starts[index] + 1)
+        if segment.mode in found:
+            found[segment.mode].append((token, 1.0 / (GRID * max(1, spoken))))
+    return tuple(
+        _Watch(
+            mode,
+            torch.tensor([token for token, _ in tokens], device=device),
+            torch.tensor([[scale] for _, scale in tokens], dtype=torch.float64, device=device),
+        )
+        for mode, tokens in found.items()
+        if tokens
+    )
+
+
+def standing_lead(rows: PermissionRows, row: int, standing: Standing) -> tuple[str | None, float | None]:
+    """The silo that ``standing`` settles on under a permission row, and its lead over the next in units of 2^-20.
+
+    (None, None) where nobody may answer; no lead where nobody else may.
+    """
+    value, allowed = _standings(rows, [(row, standing)])
+    column = choose(value, allowed)
+    ahead = float(lead(value, allowed, column)[0])
+    winner = int(column[0])
+    return (None if winner < 0 else rows.library.silos[winner]), (None if math.isnan(ahead) else ahead)
+
+
+def _standings(
+    rows: PermissionRows, standings: Sequence[tuple[int, Standing | None]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, standing) of S sequences -> their evidence fp64 [S, N] and which columns may be chosen, bool [S, N]."""
     library = rows.library
     nothing = [0.0] * library.width
-    standings = [s.standing for s in segments]
     value = torch.tensor(
-        [nothing if s is None else s.row(library.columns, library.width) for s in [*standings, None]],
+        [nothing if s is None else s.row(library.columns, library.width) for _, s in standings],
         dtype=torch.float64,
         device=library.device,
     )
-    row = [s.row if s.standing is not None else 0 for s in segments]
-    allowed = rows.table.index_select(0, torch.tensor([*row, 0], device=library.device))
-    return choose(value, allowed & library.finite).repeat_interleave(lengths)
+    row = torch.tensor([row if s is not None else 0 for row, s in standings], device=library.device)
+    return value, rows.table.index_select(0, row) & library.finite
+
+
+def _settle(rows: PermissionRows, segments: Sequence[Segment], lengths: torch.Tensor) -> torch.Tensor:
+    """The one column of every token of the segments that have a standing: int64 [T], -1 for nobody and elsewhere."""
+    value, allowed = _standings(rows, [*((s.row, s.standing) for s in segments), (0, None)])
+    return choose(value, allowed).repeat_interleave(lengths)
 
 
 def _begun(segments: Sequence[Segment], padding: int) -> torch.Tensor:

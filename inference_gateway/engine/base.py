@@ -54,6 +54,7 @@ class GenerationRequest:
     """A prompt in tokens, how to go on, and the adapters that may shape it. An empty set means the base model alone.
 
     ``mode``: see ``seqr.step.Segment``; ``frame``: what of the prompt is the same in every conversation.
+    ``cache_salt``: where prefixes are shared, they are shared among requests of equal salt only.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     attribution: bool = False
     frame: Frame = NO_FRAME
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class TokenShares:
     """In how many of ``choices`` adapted modules each silo shaped the pass that produced a token.
 
     ``margin``: how far the winner's score lay above the next permitted one's, mean over the modules where two or more
-    were permitted, in the units of the routing mode's score; None where there was nothing to choose between.
+    were permitted; None where there was nothing to choose between. Always a difference of calibrated scores (standard
+    deviations of public text): per_token of this token's scores, evidence of the sums of means that the choice was made
+    by, prompt_evidence of the mean scores of all of the prompt's words, the same for every token of an answer.
     """
 
     counts: Mapping[str, int]

@@ -9,6 +9,7 @@ What is used and why:
   that get no token in this step.
 - A logits processor at the end of the list draws tokens request by request; the library would sample all alike.
 - The output router hands tokens over on the worker's thread, once per step, before anybody else sees them.
+- Cache blocks are shared by the library's ledger, but under names of ours: its own cover the tokens and nothing else.
 
 ``tests/inference_gateway/test_batching_edge.py`` fails by name when any of it moves.
 """
@@ -17,8 +18,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -26,10 +26,13 @@ from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, requests, scheduler
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.cache_allocators.cache_allocator import BlockLedger
 
-from inference_gateway.engine import attention
+from inference_gateway.engine import attention, invariant
+from inference_gateway.engine.prefixes import block_name
+from inference_gateway.engine.stepper import Batch, Output, Slice, Stepper
 from inference_gateway.errors import EngineIncompatible, EngineStopped
-from seqr.step import BaseOnly, StepContext, reset_context, set_context
+from seqr.step import reset_context, set_context
 
 TRANSFORMERS = "5.23.0"
 # A worker that cannot finish a single step is broken; one bad step now and then is not.
@@ -38,55 +41,20 @@ MAX_FAILED_STEPS = 5
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """One sequence's tokens in a step: where they begin, how many, and whether the last one predicts a token."""
-
-    request_id: str
-    position: int
-    length: int
-    predicts: bool
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step: the slices in the order of the flat batch, which is ``tokens`` long (padding comes last)."""
-
-    slices: tuple[Slice, ...]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a request has so far: all its generated tokens, and whether and how it ended."""
-
-    request_id: str
-    generated: Sequence[int]
-    finished: bool
-    error: str | None
-
-
-class Stepper(Protocol):
-    """The engine as the worker's thread calls it. None of this may raise."""
-
-    def begin(self, batch: Batch) -> StepContext | BaseOnly: ...
-
-    def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
-        """Leave in each row of ``logits`` [n, V] fp32 what its argmax is to choose."""
-        ...
-
-    def completed(self) -> None: ...
-
-    def failed(self, error: Exception) -> None: ...
-
-    def deliver(self, outputs: Sequence[Output]) -> None: ...
-
-
 class BatchingEdge:
     """A worker thread that runs the model over whatever requests there are, one step after the other."""
 
     def __init__(
-        self, model: Any, stepper: Stepper, *, max_requests: int, max_batch_tokens: int, kv_tokens: int, page_size: int
+        self,
+        model: Any,
+        stepper: Stepper,
+        *,
+        max_requests: int,
+        max_batch_tokens: int,
+        kv_tokens: int,
+        page_size: int,
+        prefix_sharing: bool = False,
+        deterministic: bool = False,
     ):
         check_version()
         kinds = set(cache.group_layers_by_attn_type(model.config.get_text_config()))
@@ -96,8 +64,12 @@ class BatchingEdge:
             )
         self._model = model
         self._stepper = stepper
+        self._deterministic = deterministic
+        if deterministic:
+            invariant.make_invariant(model)
         AttentionInterface.register(attention.NAME, attention.paged_attention)
-        model.set_attn_implementation(attention.NAME)
+        AttentionInterface.register(invariant.NAME, invariant.invariant_attention)
+        model.set_attn_implementation(invariant.NAME if deterministic else attention.NAME)
         self._manager = _Manager(
             model=model,
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
@@ -107,8 +79,7 @@ class BatchingEdge:
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=max_requests,
                 max_blocks_per_request=0,
-                # Blocks are shared by the hash of their tokens alone, across users: see research 3.3.
-                allow_block_sharing=False,
+                allow_block_sharing=prefix_sharing,
                 use_async_batching=False,
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,
@@ -165,19 +136,38 @@ class BatchingEdge:
         with self._manager.pause():
             yield
 
+    @property
+    def _blocks(self) -> FullAttentionCacheAllocator:
+        """The library's allocator of KV blocks: one, as all layers are of full attention."""
+        (allocator,) = self._manager.batch_processor.cache.cache_allocators.values()
+        return allocator
+
     def wipe_cache(self, keep: Sequence[str]) -> None:
         """Zero every KV block that no request in ``keep`` holds. Only while paused."""
-        for allocator in self._manager.batch_processor.cache.cache_allocators.values():
-            blocks = allocator._copy_view
-            unused = torch.ones(blocks.shape[0], dtype=torch.bool, device=blocks.device)
-            for request_id in keep:
-                unused[allocator.block_table.get(request_id, [])] = False
-            blocks[unused] = 0
+        content = self._blocks._copy_view
+        unused = torch.ones(content.shape[0], dtype=torch.bool, device=content.device)
+        for request_id in keep:
+            unused[self.cached_blocks(request_id)] = False
+        content[unused] = 0
+
+    def forget_prefixes(self) -> None:
+        """Let no request find a block that was filled before now. Only while paused."""
+        blocks = self._blocks
+        blocks.pool.free_blocks(blocks.index, blocks.ledger.evict_cached_blocks())
+        blocks.ledger.hash_to_block.clear()
+        blocks.ledger.block_to_hash.clear()
+
+    def kv_blocks(self) -> tuple[int, int]:
+        """How many KV blocks there are, and how many of them running requests hold; (0, 0) before the start."""
+        if self._manager.batch_processor is None:
+            return 0, 0
+        blocks = self._blocks
+        free = blocks.pool.num_free_sectors * blocks.blocks_per_sector + blocks.pool.count_free_blocks(blocks.index)
+        return blocks.num_blocks, blocks.num_blocks - free - len(blocks.ledger.cached_blocks)
 
     def cached_blocks(self, request_id: str) -> list[int]:
         """The KV blocks that a request holds now."""
-        allocators = self._manager.batch_processor.cache.cache_allocators.values()
-        return [block for allocator in allocators for block in allocator.block_table.get(request_id, [])]
+        return list(self._blocks.block_table.get(request_id, []))
 
     def _before_forward(self, _model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "cache" not in kwargs:  # a plain forward pass, not the worker's
@@ -195,7 +185,10 @@ class BatchingEdge:
         self._batch = Batch(slices, kwargs["input_ids"].shape[1])
         set_context(self._stepper.begin(self._batch))
         keys = [one.position + one.length for one in slices]
-        kwargs["attention_plan"] = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
+        if self._deterministic:
+            kwargs["sequence_lengths"] = tuple(zip(lengths, keys, strict=True))
+        else:
+            kwargs["attention_plan"] = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
         return args, kwargs
 
     def _step(self, forward: Callable[[], None]) -> None:
@@ -220,6 +213,37 @@ class BatchingEdge:
     def _hand_over(self, outputs: Sequence[Any]) -> None:
         self._stepper.deliver([Output(o.request_id, o.generated_tokens, o.is_finished(), o.error) for o in outputs])
 
+    def _name_blocks(self, paged: cache.PagedAttentionCache) -> None:
+        """Have the cache look up and register blocks under the names that the engine gives them."""
+        (blocks,) = paged.cache_allocators.values()
+        page, ledger = int(blocks.tokens_per_page), blocks.ledger
+
+        def find(request_id: str, prompt: list[int]) -> int:
+            chain = self._stepper.prefix_chain(request_id)
+            if chain is None:
+                return 0
+            del chain[1:]
+            found: list[int] = []
+            for start in range(0, len(prompt) - page, page):  # the last token is always computed
+                name = block_name(chain[-1], prompt[start : start + page])
+                if name not in ledger.hash_to_block:
+                    break
+                chain.append(name)
+                found.append(ledger.hash_to_block[name])
+            if found:
+                blocks.acquire_prefix_blocks(request_id, len(found) * page, found)
+            return len(found) * page
+
+        def register(request_id: str, tokens: list[int], complete: int) -> None:
+            chain = self._stepper.prefix_chain(request_id)
+            if chain is None:
+                return
+            for block in range(len(chain) - 1, len(chain) - 1 + complete):
+                chain.append(block_name(chain[-1], tokens[block * page : (block + 1) * page]))
+                ledger.register_new_hash(blocks.block_table[request_id][block], chain[-1])
+
+        paged.search_prefix_match, blocks.mark_complete_blocks = find, register
+
 
 class _StepFailed(Exception):
     """A step did not finish; its cause has been told to the engine."""
@@ -233,6 +257,12 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Keep the attention that was set: the library would refuse a name it does not know."""
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        if processor.cache.use_prefix_sharing:
+            self.edge._name_blocks(processor.cache)
+        return processor
 
     def _generation_step(self) -> None:
         self.edge._step(super()._generation_step)
@@ -303,10 +333,16 @@ PRIVATE_EDGE: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (continuous_api.ContinuousBatchProcessor, "fail_all_requests", ("error",)),
     (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ("requests_in_batch",)),
     (cache, "group_layers_by_attn_type", ("config",)),
+    (cache.PagedAttentionCache, "search_prefix_match", ("request_id", "prompt_ids")),
+    (cache.PagedAttentionCache, "mark_complete_blocks", ("state", "complete_blocks")),
     (requests.RequestState, "to_generation_output", ()),
     (scheduler.Scheduler, "finish_request", ("request_id",)),
     (scheduler.Scheduler, "set_request_cancellation", ("request_id",)),
     (FullAttentionCacheAllocator, "get_read_indices", ("request_id", "past_length", "query_length")),
+    (FullAttentionCacheAllocator, "mark_complete_blocks", ("request_id", "token_ids", "new_new_blocks")),
+    (FullAttentionCacheAllocator, "acquire_prefix_blocks", ("request_id", "prefix_len", "block_ids")),
+    (BlockLedger, "register_new_hash", ("block_id", "block_hash")),
+    (BlockLedger, "evict_cached_blocks", ()),
 )
 
 

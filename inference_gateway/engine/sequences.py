@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from inference_gateway.engine.base import Event, GenerationRequest, Shares, Tokens
+from inference_gateway.engine.base import Event, Failed, GenerationRequest, Shares, Tokens, TokenShares
 from inference_gateway.engine.sampling import Sampler
 from seqr.routing.evidence import Standing
 
@@ -17,7 +17,9 @@ class Sequence:
     """One request. ``deliver`` hands an event to whoever asked, from any thread, and never blocks.
 
     ``reading``: the base model reads its prompt and gathers the evidence that becomes ``standing``; the answer begins
-    after that. Both passes are requests of their own to the library, by ``pass_id``.
+    after that. Both passes are requests of their own to the library, by ``pass_id``. ``margin``: by how much the prompt
+    spoke for its winner, see ``TokenShares``. ``token_shares``: those of tokens not yet handed out. ``chain``: the root
+    of its cache blocks' names and the names, while it may share them, under ``library_version``.
     """
 
     request: GenerationRequest
@@ -28,11 +30,17 @@ class Sequence:
     ended: bool = False
     reading: bool = False
     standing: Standing | None = None
+    margin: float | None = None
+    chain: list[bytes] = field(default_factory=list)
+    library_version: int = -1
+    next_position: int = 0
+    failed: bool = False
     last_token: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
     answer_counts: dict[str, int] = field(default_factory=dict)
     choices: int = 0
     answer_choices: int = 0
+    token_shares: list[TokenShares] = field(default_factory=list)
 
     @property
     def request_id(self) -> str:
@@ -102,7 +110,7 @@ class SequenceTable:
     def has_read(self, sequence: Sequence, standing: Standing) -> None:
         """End the pass that read the prompt: its slot is free, and nothing that still comes of it counts."""
         with self._lock:
-            sequence.reading, sequence.standing = False, standing
+            sequence.reading, sequence.standing, sequence.next_position = False, standing, 0
             if sequence.slot is not None:
                 self._released.append(sequence.slot)
                 sequence.slot = None
@@ -113,7 +121,7 @@ class SequenceTable:
             sequence = self._sequences.pop(request_id, None)
             if sequence is None:
                 return None
-            sequence.ended = True
+            sequence.ended, sequence.failed = True, isinstance(event, Failed)
             if sequence.slot is not None:
                 self._released.append(sequence.slot)
                 sequence.slot = None
@@ -131,4 +139,6 @@ class SequenceTable:
             sequence.generated += len(ids)
             sequence.last_token = ids[-1]
             logprobs = sequence.sampler.take(len(ids)) if sequence.sampler is not None else ()
-            sequence.deliver(Tokens(ids, logprobs))
+            shares = tuple(sequence.token_shares[: len(ids)])
+            del sequence.token_shares[: len(ids)]
+            sequence.deliver(Tokens(ids, logprobs, shares))

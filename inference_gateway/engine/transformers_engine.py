@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from inference_gateway.engine.attribution import Part, attribute, attributed_parts, prompt_margin, watched_tokens
 from inference_gateway.engine.base import (
     AdapterKey,
     EngineInfo,
@@ -19,10 +20,13 @@ from inference_gateway.engine.base import (
     StepGuard,
     Tokens,
 )
-from inference_gateway.engine.batching_edge import Batch, BatchingEdge, Output, Slice
+from inference_gateway.engine.batching_edge import BatchingEdge
+from inference_gateway.engine.limits import EngineLimits
+from inference_gateway.engine.prefixes import chain_of
 from inference_gateway.engine.sampling import Matcher, Sampler, sampler_of
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.engine.stepper import Batch, Output, Slice
 from inference_gateway.errors import EngineStopped, GrammarTooComplex
 from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows, Statistics
@@ -30,23 +34,14 @@ from seqr.plan import Plan
 from seqr.routing.evidence import EvidenceStale, EvidenceState, Standing
 from seqr.step import BaseOnly, Segment, StepContext
 
+__all__ = ["EngineLimits", "TransformersEngine"]
+
 log = logging.getLogger(__name__)
 
 REPLACED = Failed("adapter_replaced", "a silo's adapter changed while this answer was being written; ask again")
 BROKEN = Failed("generation_failed", "the answer could not be finished because of an internal error; ask again")
 # Sets that users narrow by hand could fill the table without end; it is rebuilt from the running requests then.
 MAX_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much an engine holds at once. ``kv_tokens``: tokens of KV cache, shared by all running requests."""
-
-    max_concurrent: int = 16
-    max_batch_tokens: int = 256
-    kv_tokens: int = 16_384
-    page_size: int = 32
-    max_model_length: int | None = None
 
 
 class TransformersEngine:
@@ -86,6 +81,9 @@ class TransformersEngine:
         self._waiting = 0
         self._step: StepContext | None = None
         self._batch: Batch | None = None
+        self._parts: list[Part] = []
+        self._began = self._step_seconds = self._last_step_seconds = 0.0
+        self._prefix_queries = self._prefix_hits = self._preemptions = 0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._edge = BatchingEdge(
             model,
@@ -94,6 +92,8 @@ class TransformersEngine:
             max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
             kv_tokens=limits.kv_tokens,
             page_size=limits.page_size,
+            prefix_sharing=limits.prefix_sharing,
+            deterministic=limits.deterministic,
         )
 
     async def start(self) -> None:
@@ -105,6 +105,7 @@ class TransformersEngine:
             self._sequences.end(sequence.request_id, BROKEN)
 
     def info(self) -> EngineInfo:
+        blocks, used = self._edge.kv_blocks()
         return EngineInfo(
             name="transformers",
             max_model_length=self._max_length,
@@ -117,6 +118,14 @@ class TransformersEngine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             alive=self._edge.alive,
+            kv_blocks=blocks,
+            kv_blocks_used=used,
+            permission_rows=len(self._rows),
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            step_seconds=self._step_seconds,
+            last_step_seconds=self._last_step_seconds,
         )
 
     # Adapters
@@ -157,6 +166,7 @@ class TransformersEngine:
                     if not sequence.request.adapters <= self._keys:
                         self._sequences.end(sequence.request_id, REPLACED)
                         self._edge.drop(sequence.pass_id)
+                self._edge.forget_prefixes()
                 if before - self._keys:
                     # What an adapter has left in the cache goes with it.
                     self._edge.wipe_cache([sequence.pass_id for sequence in self._sequences])
@@ -190,6 +200,13 @@ class TransformersEngine:
                 self._submit(sequence)
                 while True:
                     event = await queue.get()
+                    if isinstance(event, Tokens):
+                        # What lies here for a slow reader must not leave once its silo or its permission is gone.
+                        if not request.adapters <= self._keys:
+                            yield REPLACED
+                            return
+                        if sequence.failed:
+                            continue
                     yield event
                     if not isinstance(event, Tokens):
                         return
@@ -209,6 +226,9 @@ class TransformersEngine:
     def _submit(self, sequence: Running) -> None:
         # The library gives at least one token; of a prompt that is only read it is thrown away.
         tokens = 1 if sequence.reading else sequence.request.max_tokens
+        if self._limits.prefix_sharing:
+            library = self._library
+            sequence.chain, sequence.library_version = chain_of(sequence, library), library.version
         self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(self._ends_of(sequence)))
 
     def _ends_of(self, sequence: Running) -> frozenset[int]:
@@ -231,7 +251,7 @@ class TransformersEngine:
 
     def begin(self, batch: Batch) -> StepContext | BaseOnly:
         """The permissions and evidence of a step. Whatever is in doubt gets row 0 and its request ends."""
-        self._batch, self._step = batch, None
+        self._batch, self._step, self._began = batch, None, time.perf_counter()
         try:
             for slot in self._sequences.reclaim():
                 self._evidence.free(slot)
@@ -239,7 +259,9 @@ class TransformersEngine:
             if self._rows.table.shape[0] > MAX_ROWS:
                 self._rows = PermissionRows(self._library)
             segments = [self._segment(one) for one in batch.slices]
-            self._step = StepContext(self._rows, segments, self._evidence, batch.tokens)
+            self._parts = attributed_parts(batch, self._sequences.get)
+            watched = watched_tokens(self._parts)
+            self._step = StepContext(self._rows, segments, self._evidence, batch.tokens, watched=watched)
         except Exception:
             log.exception("no step context could be made; the step runs without adapters and its requests end")
             for one in batch.slices:
@@ -255,6 +277,7 @@ class TransformersEngine:
         if not sequence.request.adapters <= self._keys:
             self._end_pass(one.request_id, REPLACED)
             return nobody
+        self._follow(sequence, one)
         row = 0 if sequence.reading else self._rows.row_for(sequence.silos)
         mode, standing = sequence.request.mode, sequence.standing
         if mode == "per_token":
@@ -272,6 +295,21 @@ class TransformersEngine:
             return nobody
         recent = _words_end(sequence.request) if sequence.reading else None
         return Segment(row, one.position, one.length, slot, "evidence", sequence.request.frame, recent=recent)
+
+    def _follow(self, sequence: Running, one: Slice) -> None:
+        """Count where a pass begins: after what it found in the cache, or again after it was preempted."""
+        if one.position < sequence.next_position:
+            self._preemptions += 1
+        elif sequence.next_position == 0 and sequence.chain:
+            self._prefix_queries += len(sequence.request.prompt)
+            self._prefix_hits += one.position
+        sequence.next_position = one.position + one.length
+
+    def prefix_chain(self, request_id: str) -> list[bytes] | None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.chain or sequence.library_version != self._library.version:
+            return None
+        return sequence.chain
 
     def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
         best = logits.max(dim=1).values.tolist()
@@ -296,15 +334,17 @@ class TransformersEngine:
                 logits[row, token] = 0.0
 
     def completed(self) -> None:
-        step, batch, self._step, self._batch = self._step, self._batch, None, None
-        if step is None or batch is None:
+        step, parts, self._step, self._batch, self._parts = self._step, self._parts, None, None, []
+        if step is None:
             return
         step.finish()
         self._steps += 1
-        self._attribute(step, batch)
+        self._last_step_seconds = time.perf_counter() - self._began
+        self._step_seconds += self._last_step_seconds
+        attribute(parts, step, len(self._plan.modules))
 
     def failed(self, error: Exception) -> None:
-        batch, self._step, self._batch = self._batch, None, None
+        batch, self._step, self._batch, self._parts = self._batch, None, None, []
         for one in batch.slices if batch is not None else ():
             self._end_pass(one.request_id, BROKEN)
 
@@ -335,7 +375,9 @@ class TransformersEngine:
             self._sequences.end(sequence.request_id, BROKEN)
         elif output.finished:
             adapters = {(key.silo_id, key.revision) for key in sequence.request.adapters}
-            self._sequences.has_read(sequence, self._evidence.standing(sequence.slot, adapters))
+            standing = self._evidence.standing(sequence.slot, adapters)
+            sequence.margin = prompt_margin(sequence, self._rows, standing, len(self._plan.modules))
+            self._sequences.has_read(sequence, standing)
             try:
                 self._submit(sequence)
             except EngineStopped:
@@ -352,24 +394,6 @@ class TransformersEngine:
         for request_id, why in withdrawn.items():
             self._end(request_id, why)
 
-    def _attribute(self, step: StepContext, batch: Batch) -> None:
-        asked = [(index, self._sequences.get(one.request_id)) for index, one in enumerate(batch.slices)]
-        wanted = {i: s for i, s in asked if s is not None and s.request.attribution and not s.reading}
-        if not wanted:
-            return
-        counts, start = step.choice_counts(), 0
-        for index, one in enumerate(batch.slices):
-            sequence = wanted.get(index)
-            if sequence is not None:
-                part = counts[start : start + one.length]
-                first_answer = max(0, len(sequence.request.prompt) - 1 - one.position)
-                modules = len(self._plan.modules)
-                sequence.choices += one.length * modules
-                sequence.answer_choices += max(0, one.length - first_answer) * modules
-                _add(sequence.counts, step.library.silos, part.sum(0).tolist())
-                _add(sequence.answer_counts, step.library.silos, part[first_answer:].sum(0).tolist())
-            start += one.length
-
 
 def _must_read(request: GenerationRequest) -> bool:
     """Whether the prompt has to be read first: not where there is nothing to choose between."""
@@ -379,9 +403,3 @@ def _must_read(request: GenerationRequest) -> bool:
 def _words_end(request: GenerationRequest) -> int:
     """The position after the prompt's last word: where the frame's end begins, or the prompt's own end."""
     return request.frame.tail.start if request.frame.tail else len(request.prompt)
-
-
-def _add(counts: dict[str, int], silos: Sequence[str], totals: Sequence[int]) -> None:
-    for silo, total in zip(silos, totals, strict=False):
-        if total:
-            counts[silo] = counts.get(silo, 0) + int(total)

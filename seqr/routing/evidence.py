@@ -188,6 +188,10 @@ class EvidencePass:
         """The choice at module ``module``: score [T, N] fp32, permitted [T, N] bool -> int64 [T], -1 for nobody."""
         return choose(self.value(module, score), permitted & usable(score))
 
+    def value_at(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the last module passed has made of t value(l, t), for tokens int64 [A] -> fp64 [A, N], a copy."""
+        return self._value.index_select(0, tokens)
+
     def _prefix(self, sums: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         """Each token's sum since its sequence began; leaves the last one in ``sums`` [slots + 1, N]."""
         spans = self._spans

@@ -78,12 +78,22 @@ class Truth:
     widest: float
 
     @classmethod
-    def of(cls, r: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, usable: torch.Tensor) -> "Truth":
-        """r [N, r, r] of any float dtype, mu and sigma [N], usable bool [N]; all on one device."""
+    def of(
+        cls,
+        r: torch.Tensor,
+        mu: torch.Tensor,
+        sigma: torch.Tensor,
+        usable: torch.Tensor,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> "Truth":
+        """r [N, r, r] of any float dtype, mu and sigma [N], usable bool [N]; all on one device.
+
+        ``known``: the ``bounds`` of r and sigma, fp64 [N] each, where they have been computed before.
+        """
         r = torch.where(usable[:, None, None], r, 0.0).to(torch.float32)
         mu = torch.where(usable, mu, 0.0).to(torch.float64)
         sigma = torch.where(usable, sigma, 1.0).to(torch.float64)
-        slope, floor = bounds(r, sigma)
+        slope, floor = bounds(r, sigma) if known is None else (bound.to(r.device) for bound in known)
         offset = (mu / sigma)[usable]
         some = bool(usable.any())
         return cls(

@@ -12,6 +12,7 @@ from seqr.library import (
     SiloAlreadyPresent,
     SiloNotPresent,
 )
+from seqr.routing.exact import Truth
 from tests.seqr.strategies import toy_adapter, toy_library, toy_plan
 
 PLAN = toy_plan()
@@ -167,3 +168,19 @@ class TestPermissionRows:
         rows.rebind(Library.empty(PLAN))
         assert not bool(rows.table.any())
         assert rows.silos(row) == {"a", "c"}
+
+
+def test_the_bounds_kept_with_each_adapter_are_those_of_the_whole_stack() -> None:
+    """Also for an adapter that cannot be used, and for padding."""
+    broken = toy_adapter(PLAN, 11)
+    for module in broken.modules.values():
+        module.q[0, 0] = float("nan")
+    library = toy_library(PLAN, ["a", "b"]).add("c", 1, broken)
+    for stack in library.stacks:
+        usable = torch.tensor([True, True] + [False] * (library.width - 2))
+        whole = Truth.of(stack.truth.r, stack.truth.mu, stack.truth.sigma, usable)
+        assert torch.allclose(stack.truth.slope[:3], whole.slope[:3], rtol=1e-12, atol=0.0)
+        assert torch.allclose(stack.truth.floor[:3], whole.floor[:3], rtol=1e-12, atol=0.0)
+        assert (stack.truth.worst_slope, stack.truth.worst_floor) == pytest.approx(
+            (whole.worst_slope, whole.worst_floor), rel=1e-12
+        )
