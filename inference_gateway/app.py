@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway.api import chat, errors, health, models
+from inference_gateway.api import chat, errors, health, models, openapi
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
 from inference_gateway.service import Service
@@ -27,8 +27,10 @@ def create_app(service: Service) -> FastAPI:
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)])
     v1.include_router(chat.router)
     v1.include_router(models.router)
+    v1.include_router(openapi.router)
     app.include_router(v1)
     app.include_router(health.router)
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    limits = service.settings
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_seconds=limits.max_body_seconds)
     return app

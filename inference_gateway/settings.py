@@ -35,6 +35,7 @@ class Settings(FileSettings):
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
+    max_body_seconds: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.5, gt=0)
 
     max_concurrent: int = Field(default=16, ge=1, le=1024)

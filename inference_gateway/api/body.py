@@ -21,9 +21,12 @@ async def chat_request(request: Request) -> ChatRequest:
 
 
 def parse(data: bytes) -> Any:
-    """Strict JSON in UTF-8: no NaN, no lone surrogates, no nesting beyond Python's stack. Raises InvalidJson."""
+    """Strict JSON in UTF-8: no NaN, no name twice in an object, no lone surrogates, no nesting beyond Python's stack.
+
+    A filter before the gateway may read the first of two equal names where Python reads the last. Raises InvalidJson.
+    """
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
         json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise InvalidJson("the body is not valid JSON in UTF-8") from None
@@ -32,6 +35,13 @@ def parse(data: bytes) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name is given twice")
+    return members
 
 
 ChatBody = Annotated[ChatRequest, Depends(chat_request)]
