@@ -1,18 +1,14 @@
 """/v1/openapi.json: what this gateway's interface is, for callers with a key. It says nothing about silos or users."""
 
-import inspect
 from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import version
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.dependencies.models import Dependant
 from fastapi.openapi.utils import get_openapi
+from fastapi.params import Depends
 from fastapi.routing import RouteContext, iter_route_contexts
-from pydantic import BaseModel
-
-from inference_gateway.api.auth import authenticated
+from pydantic import BaseModel, TypeAdapter
 
 router = APIRouter()
 
@@ -56,32 +52,16 @@ def schema(app: FastAPI) -> dict[str, Any]:
             "description": "An error",
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
         }
-        if needs_key(route):
+        headers = [one for one in operation.get("parameters", ()) if one["name"] == "authorization"]
+        if headers:
             operation["security"] = [{"key": []}]
-            operation["parameters"] = [p for p in operation["parameters"] if p["name"] != "authorization"]
+            operation["parameters"] = [one for one in operation["parameters"] if one not in headers]
         body = _body(route)
         if body is not None:
-            told = body.model_json_schema(ref_template=_REFERENCE)
+            told = TypeAdapter(body).json_schema(ref_template=_REFERENCE)
             schemas |= told.pop("$defs", {})
-            schemas[body.__name__] = told
-            reference = {"$ref": _REFERENCE.format(model=body.__name__)}
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": told}}}
     return document
-
-
-def needs_key(route: RouteContext) -> bool:
-    """Whether a request to this route is served only to the owner of a key."""
-    return authenticated in set(calls(route))
-
-
-def calls(route: RouteContext) -> Iterator[Any]:
-    """Everything that runs before the route's own function, nested dependencies included."""
-    dependant: Dependant | None = getattr(route, "dependant", None)
-    waiting = list(dependant.dependencies) if dependant is not None else []
-    while waiting:
-        one = waiting.pop()
-        waiting.extend(one.dependencies)
-        yield one.call
 
 
 def _operations(app: FastAPI, document: dict[str, Any]) -> Iterator[tuple[RouteContext, dict[str, Any]]]:
@@ -92,12 +72,12 @@ def _operations(app: FastAPI, document: dict[str, Any]) -> Iterator[tuple[RouteC
                 yield route, told[method.lower()]
 
 
-def _body(route: RouteContext) -> type[BaseModel] | None:
-    """The model that one of the route's dependencies reads the body into."""
-    return next((model for model in map(_returned_model, calls(route)) if model is not None), None)
-
-
-@cache
-def _returned_model(call: Any) -> type[BaseModel] | None:
-    returned = get_type_hints(call).get("return") if inspect.isroutine(call) else None
-    return returned if isinstance(returned, type) and issubclass(returned, BaseModel) else None
+def _body(route: RouteContext) -> Any:
+    """What a dependency reads the body into: the one parameter of the route's function that is a model, or several."""
+    hints = get_type_hints(route.endpoint, include_extras=True) if route.endpoint else {}
+    for hint in hints.values():
+        if get_origin(hint) is Annotated and any(isinstance(extra, Depends) for extra in get_args(hint)[1:]):
+            kind = get_args(hint)[0]
+            if all(isinstance(one, type) and issubclass(one, BaseModel) for one in get_args(kind) or (kind,)):
+                return kind
+    return None
