@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode, openapi
 from schemathesis.core.result import Ok
 
@@ -96,10 +97,16 @@ def test_generated_requests_are_answered_or_refused_in_openais_shape(running: Ru
         @given(case=operation.as_strategy(generation_mode=mode), sane=st.booleans())
         def attack(case: AnyCase, sane: bool) -> None:
             response = answerable(case, sane).call(base_url=running.url, headers=headers, timeout=30)
-            assert_sound(response.status_code, response.content)
+            if case.method.upper() == "HEAD":  # which has no body to be sound
+                assert response.status_code < 500 and not response.content
+            else:
+                assert_sound(response.status_code, response.content)
             statuses.add(response.status_code)
 
-        attack()
+        try:
+            attack()
+        except Unsatisfiable:  # nothing in a path can be wrong: any text may stand there
+            assert not operation.body
     assert statuses - {200} if mode is GenerationMode.NEGATIVE else 200 in statuses
 
 
