@@ -186,12 +186,9 @@ class Library:
         grams, r = torch.zeros(self.width, feature_count(rank)), torch.zeros(self.width, rank, rank)
         offset = torch.zeros(self.width)
         mu, sigma = (torch.zeros(self.width, dtype=torch.float64) for _ in range(2))
-        if parts:  # column by column, a thousand adapters would take seconds a change
-            count = len(parts)
-            torch.stack([part.gram for part in parts], out=grams[:count])
-            torch.stack([part.r for part in parts], out=r[:count])
-            numbers = torch.tensor([(part.offset, part.mu, part.sigma) for part in parts], dtype=torch.float64)
-            offset[:count], mu[:count], sigma[:count] = numbers.T
+        for column, part in enumerate(parts):
+            grams[column], r[column] = part.gram, part.r
+            offset[column], mu[column], sigma[column] = part.offset, part.mu, part.sigma
         usable = (sigma > 0.0) & ~offset.isnan()
         truth = Truth.of(*(t.to(self.device) for t in (r, mu, sigma, usable)))
         return ModuleStack(
