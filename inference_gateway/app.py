@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway.api import chat, completions, errors, health, metrics, models, tokenize
+from inference_gateway.api import chat, completions, errors, health, metrics, models, openapi, tokenize
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
 from inference_gateway.api.observing import Observing
@@ -32,6 +32,7 @@ def create_app(service: Service) -> FastAPI:
     v1.include_router(chat.router)
     v1.include_router(completions.router)
     v1.include_router(models.router)
+    v1.include_router(openapi.router)
     app.include_router(v1)
     app.include_router(tokenize.router, dependencies=[Depends(authenticated)])
     app.include_router(health.router)
@@ -39,6 +40,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(playground_router())
     app.include_router(metrics.router)
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    limits = service.settings
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_seconds=limits.max_body_seconds)
     app.add_middleware(Observing, metrics=service.metrics)
     return app

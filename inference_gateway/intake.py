@@ -112,9 +112,11 @@ class Intake:
         for one in revisions:
             if one.state == "active" and self._mine(one) and not self._holds(one):
                 await self._unhindered(self._take_in, one)
-        for one in revisions:
-            if one.state == "retired" and one.revision_id not in self._purged:
-                await self._unhindered(self._purge, one)
+        leaving = [one for one in revisions if one.state == "retired" and one.revision_id not in self._purged]
+        if leaving:
+            gc.collect()  # once for all of them: meanwhile nothing else runs in this process
+        for one in leaving:
+            await self._unhindered(self._purge, one)
         self.status.settled = self.status.settled or not self._disturbed
         if not self._disturbed:
             self.status.last_error = None
@@ -222,7 +224,6 @@ class Intake:
         """Swear that a retired revision is gone; ``_drop`` or its successor has removed it by now."""
         if one.adapter_digest is None:
             raise CoordinatorUnreachable(f"the coordinator retires revision {one.revision_id} without its digest")
-        gc.collect()
         version = self._left.get((one.silo_id, one.revision), self._engine.info().library_version)
         claim = PurgeAcknowledgement(
             revision_id=one.revision_id,

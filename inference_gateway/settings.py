@@ -59,6 +59,7 @@ class Settings(FileSettings):
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
+    max_body_seconds: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.5, gt=0)
     # Whether the page at / is there.
     playground: bool = True

@@ -42,12 +42,14 @@ def validated(model: type[Model], document: Any) -> Model:
 
 
 def parse(data: bytes) -> Any:
-    """Strict JSON in UTF-8: no NaN, no number beyond a double, no lone surrogate, not nested too deeply.
+    """Strict JSON in UTF-8: no NaN, no number beyond a double, no name given twice, no lone surrogate, no deep nesting.
 
-    Raises InvalidJson.
+    A filter before the gateway may read the first of two equal names where Python reads the last. Raises InvalidJson.
     """
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        document = json.loads(
+            data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
         json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise InvalidJson("the body is not valid JSON in UTF-8") from None
@@ -71,6 +73,13 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(digits)
     return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name is given twice")
+    return members
 
 
 def _place(document: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -99,6 +99,13 @@ class BodyTooLarge(ApiError):
     status = 413
 
 
+class BodyTooSlow(ApiError):
+    """A request body that did not arrive in time."""
+
+    code = "body_too_slow"
+    status = 408
+
+
 def error_body(message: str, code: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The body of an error with this HTTP status."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -138,7 +145,9 @@ def install(app: FastAPI) -> None:
 
 
 async def _api_error(_request: Request, error: Any) -> JSONResponse:
-    return respond(str(error), error.code, error.status, error.param)
+    # What is left of a body that was not read to its end must not be taken for the next request.
+    headers = {"Connection": "close"} if isinstance(error, BodyTooLarge | BodyTooSlow) else None
+    return respond(str(error), error.code, error.status, error.param, headers)
 
 
 async def _refused(_request: Request, error: Any) -> JSONResponse:

@@ -1,16 +1,21 @@
-"""Refuses bodies that are too large before they are read."""
+"""Refuses bodies that are too large before they are read, and those that do not come to an end."""
+
+import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inference_gateway.api.errors import BodyTooLarge, respond
+from inference_gateway.api.errors import BodyTooLarge, BodyTooSlow, respond
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body beyond ``max_bytes``, announced or found out while reading."""
+    """ASGI middleware: 413 for a body beyond ``max_bytes``, announced or found out while reading; 408 for one that is
+    not there ``max_seconds`` after the headers.
+    """
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float):
         self._app = app
         self._max_bytes = max_bytes
+        self._max_seconds = max_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -21,10 +26,17 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
             return
         size = 0
+        deadline: float | None = asyncio.get_running_loop().time() + self._max_seconds
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow(f"the body did not arrive within {self._max_seconds:g} seconds") from None
+            if not message.get("more_body", False):
+                deadline = None  # what is received from here on is the end of the connection, whenever that is
             size += len(message.get("body", b""))
             if size > self._max_bytes:
                 raise BodyTooLarge(self._sentence())

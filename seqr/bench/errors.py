@@ -37,3 +37,15 @@ class EncoderUnavailable(SeqrError):
     """The sentence encoder that LORAUTER needs is not here and cannot be fetched."""
 
     code = "encoder_unavailable"
+
+
+class BenchPeerMissing(SeqrError):
+    """Something to compare with that is not installed or does not run."""
+
+    code = "bench_peer_missing"
+
+
+class BenchFailed(SeqrError):
+    """What a benchmark measures did not do what it is measured for."""
+
+    code = "bench_failed"

@@ -301,6 +301,19 @@ def test_a_retired_revision_without_successor_leaves_and_is_sworn_to(
     assert engine.loaded == {} and row.state == "destroyed" and len(row.purges) == 1
 
 
+def test_many_revisions_that_leave_together_stop_the_process_once_and_not_each(
+    coordinator: FakeCoordinator, intake: Intake, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [coordinator.stage(f"silo{number}", 1, random_adapter(plan, number)) for number in range(5)]
+    one_pass(intake)
+    for row in rows:
+        row.state = "retired"
+    collections: list[int] = []
+    monkeypatch.setattr("gc.collect", lambda: collections.append(1))
+    one_pass(intake)
+    assert [row.state for row in rows] == ["destroyed"] * 5 and len(collections) == 1
+
+
 def test_what_the_coordinator_no_longer_lists_leaves_the_library(
     coordinator: FakeCoordinator, intake: Intake, engine: StubEngine, plan: Plan
 ) -> None:
