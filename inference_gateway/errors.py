@@ -16,7 +16,7 @@ class SettingsInvalid(GatewayError):
 
 
 class EngineIncompatible(GatewayError):
-    """The installed transformers is not the one whose private edge this gateway was written against."""
+    """The installed transformers, or the base model, is not one that this gateway can drive."""
 
     code = "engine_incompatible"
 

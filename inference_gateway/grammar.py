@@ -4,39 +4,33 @@ A grammar is a string in llguidance's own notation, made by ``json_schema`` or `
 reaches the engine. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 from llguidance.hf import from_tokenizer
 
-from inference_gateway.errors import GrammarInvalid, GrammarTooComplex
+from inference_gateway.errors import EngineIncompatible, GrammarInvalid, GrammarTooComplex
 from inference_gateway.json_rules import schema_text
 
 
 class Grammars:
     """The grammars that answers of one tokenizer can be held to, and the bytes of its tokens.
 
-    ``vocabulary``: how many logits the model has. ``eos``: the tokens that end an answer.
+    ``vocabulary``: how many logits the model has. ``eos``: the tokens that end an answer. Takes a second for a large
+    vocabulary. Raises EngineIncompatible for a tokenizer that is not one of the Rust library's.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]):
-        self._source = tokenizer
         self._vocabulary = vocabulary
-        self._eos = list(eos)
-        self._limits = LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
-        self._lock = threading.Lock()
-        self._made: LLTokenizer | None = None
-
-    @property
-    def _tokenizer(self) -> LLTokenizer:
-        with self._lock:  # takes a second for a large vocabulary
-            if self._made is None:
-                self._made = from_tokenizer(self._source, n_vocab=self._vocabulary, eos_token=self._eos)
-            return self._made
+        # A lexer state takes up to 2 kB, and schemas come from users.
+        self._limits = LLParserLimits(max_grammar_size=50_000, max_lexer_states=20_000, verbose_errors=False)
+        try:
+            self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos))
+        except ValueError as error:
+            raise EngineIncompatible(f"the base model's tokenizer cannot be used: {_short(str(error))}") from None
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token's text, which need not be whole characters."""

@@ -11,7 +11,7 @@ import torch
 
 from inference_gateway.engine.base import Failed, Finished, Sampling
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
-from inference_gateway.errors import GrammarInvalid, GrammarTooComplex
+from inference_gateway.errors import EngineIncompatible, GrammarInvalid, GrammarTooComplex
 from inference_gateway.grammar import Grammars
 from seqr.models import load_base_model
 from seqr.plan import Plan
@@ -82,6 +82,11 @@ def test_rules_that_are_no_grammar_are_refused(grammars: Grammars) -> None:
 def test_tokens_have_bytes_even_where_they_are_no_characters(grammars: Grammars, tokenizer: Any) -> None:
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
     assert [grammars.token_bytes(one) for one in ids] == [b"\xc3", b"\xa9"]
+
+
+def test_a_tokenizer_that_is_not_the_rust_librarys_is_named() -> None:
+    with pytest.raises(EngineIncompatible, match="tokenizer cannot be used: Only fast tokenizers are supported"):
+        Grammars(object(), 259, [EOS])
 
 
 class Broken:
