@@ -90,3 +90,22 @@ def test_a_grant_that_is_withdrawn_ends_the_answer_and_takes_the_switch_away(own
     alert = user.answers.get_by_role("alert")
     expect(alert.locator("strong")).to_have_text("A permission was withdrawn while the answer was written")
     expect(user.page.get_by_role("group", name="Silos", exact=True)).to_contain_text("No silo is open to you")
+
+
+def test_the_tints_are_the_silos_that_the_gateway_names(running: Running, visiting: Visiting) -> None:
+    user = visiting(running.url).log_in(running.world.keys["alice"])
+    user.page.get_by_label("Max tokens").fill("8")
+    user.ask(QUESTION)
+    user.finished(1)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}
+    response = running.http("alice").post("/v1/chat/completions", json=body | {"seqr": {"attribution": True}})
+    tokens = [token for token in response.json()["choices"][0]["seqr"]["tokens"] if token["token"]]
+    spans = user.text.locator(".token")
+    assert spans.all_text_contents() == [token["token"] for token in tokens]
+    named = [(span.get_attribute("title") or "").rpartition(" ")[0].split(" ")[0] for span in spans.all()]
+    assert named == [token["silo"] for token in tokens] and set(named) <= {"alpha", "gamma"}
+    spans.last.click()
+    panel = user.page.get_by_role("complementary", name="Token")
+    expect(panel).to_contain_text(f"id {tokens[-1]['id']}")
+    expect(panel).to_contain_text(f"Shaped by {tokens[-1]['silo']}")
+    expect(panel).to_contain_text("Margin ")
