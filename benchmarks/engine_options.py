@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gateway_engine import NoGuard, make_plan, random_adapter
 from inference_gateway.engine.base import AdapterKey, Failed, GenerationRequest, Tokens
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+from seqr.bench.gateway.engines import NoGuard
+from seqr.bench.gateway.shelf import bench_plan, random_adapter
 from seqr.models import load_base_model
 from seqr.routed_linear import adapt_model
 from seqr.shared_a import verify_a
@@ -54,7 +55,7 @@ async def main() -> None:
         ("sharing", {"prefix_sharing": True}),
     ):
         model, _ = load_base_model(options.model, getattr(torch, options.dtype), "sdpa")
-        plan = make_plan(options.model, model, "attention", 16, options.dtype)
+        plan = bench_plan(options.model, model, 16, options.dtype)
         adapt_model(model, plan, verify_a(plan))
         limits = EngineLimits(max_concurrent=options.streams, **chosen)
         engines[name] = TransformersEngine(model, plan, NoGuard(), [], limits)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gateway_engine import make_plan, random_adapter
 from inference_gateway.engine.base import AdapterKey, Failed, GenerationRequest, Tokens
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
 from inference_gateway.permissions import Permissions
@@ -26,6 +25,7 @@ from policy.db import create_engine_for, upgrade
 from policy.reader import PolicyReader
 from policy.store import PolicyStore
 from seqr.adapter import Adapter
+from seqr.bench.gateway.shelf import bench_plan, random_adapter
 from seqr.models import load_base_model
 from seqr.plan import Plan
 from seqr.routed_linear import adapt_model
@@ -118,7 +118,7 @@ async def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, _ = load_base_model(options.model, getattr(torch, options.dtype), "sdpa")
-    plan = make_plan(options.model, model, "attention", options.rank, options.dtype)
+    plan = bench_plan(options.model, model, options.rank, options.dtype)
     adapt_model(model, plan, verify_a(plan))
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/policy.db"

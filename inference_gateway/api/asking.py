@@ -70,6 +70,7 @@ async def prepare(service: Service, user_id: str, body: GenerationBody, want: Ca
             sampling=replace(sampling, seed=_derived(body.seed, choice)),
             attribution=body.seqr.attribution,
             frame=serving.frame.of(prompt),
+            cache_salt=user_id,
         )
         for choice, prompt in enumerate(prompt for prompt in wanted.prompts for _ in range(body.choices))
     ]

@@ -7,7 +7,7 @@ from inference_gateway.engine.base import TokenShares
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.stepper import Batch
 from seqr.library import PermissionRows
-from seqr.routing.evidence import GRID, Standing
+from seqr.routing.evidence import GRID, Standing, total_recency
 from seqr.step import StepContext, standing_lead
 
 
@@ -66,10 +66,10 @@ def attribute(parts: Sequence[Part], step: StepContext, modules: int) -> None:
 
 
 def prompt_margin(sequence: Running, rows: PermissionRows, standing: Standing, modules: int) -> float | None:
-    """By how much a prompt spoke for its winner: the difference of the mean scores of its words and modules."""
+    """By how much a prompt spoke for its winner: the difference of the mean scores, late words weighing more."""
     _, ahead = standing_lead(rows, rows.row_for(sequence.silos), standing)
     spoken = sequence.request.frame.spoken(len(sequence.request.prompt))
-    return None if ahead is None else ahead / (GRID * max(1, spoken) * modules)
+    return None if ahead is None else ahead / (GRID * total_recency(max(1, spoken)) * modules)
 
 
 def _add(counts: dict[str, int], silos: Sequence[str], totals: Sequence[int]) -> None:

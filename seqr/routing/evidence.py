@@ -74,6 +74,11 @@ def recency(distance: torch.Tensor) -> torch.Tensor:
     return _decay().to(distance.device)[distance.clamp(0, _FORGOTTEN)]
 
 
+def total_recency(words: int) -> float:
+    """The sum of the weights of a prompt's words."""
+    return float(_decay()[:words].to(torch.float64).sum())
+
+
 class EvidenceState:
     """The running sums of every sequence, by slot: what a sequence's KV cache is to attention, this is to routing.
 

@@ -241,11 +241,10 @@ class Reference:
         return self._read(scores) if self._mode == "prompt_evidence" else self._evidence(scores)
 
     def _read(self, scores: torch.Tensor) -> torch.Tensor:
-        """The whole prompt's evidence in the last row, a word counting half as much as the one 6 places after it."""
+        """The prompt's mean score in every row, a word counting half as much as the one 6 places after it."""
         last = scores.shape[0] - 1
-        clipped = scores.clamp(-6, 6) * torch.exp2((torch.arange(last + 1) - last) / 6.0)[:, None]
-        clipped[0] = 0
-        whole = clipped.sum(0).expand_as(scores)
+        weights = torch.exp2((torch.arange(last + 1) - last) / 6.0)[1:, None]
+        whole = ((scores.clamp(-6, 6)[1:] * weights).sum(0) / weights.sum().clamp_min(1.0)).expand_as(scores)
         self._sum = whole if self._sum is None else self._sum + whole
         return self._sum
 

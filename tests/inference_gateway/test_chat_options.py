@@ -126,12 +126,16 @@ def test_a_stop_token_ends_the_answer_and_is_not_shown(running: Running, place: 
     assert answer.usage.completion_tokens == wanted + 1
 
 
-def test_attribution_tells_of_every_token(running: Running) -> None:
-    asked = {"extra_body": {"seqr": {"attribution": True, "routing": "per_token"}}, "max_tokens": 8}
+@pytest.mark.parametrize("mode", ["prompt_evidence", "evidence", "per_token"])
+def test_attribution_tells_of_every_token(running: Running, mode: str) -> None:
+    asked = {"extra_body": {"seqr": {"attribution": True, "routing": mode}}, "max_tokens": 8}
     answer = ask(running, "alice", **asked)
     tokens = answer.choices[0].model_extra["seqr"]["tokens"]
     assert "".join(token["token"] for token in tokens) == text_of(answer)
     assert all(set(token) == {"token", "id", "silo", "shares", "margin"} for token in tokens)
+    assert all(sum(token["shares"].values()) == pytest.approx(1.0, abs=1e-5) for token in tokens)
+    assert all(token["margin"] >= 0 for token in tokens)
+    assert all(token["shares"][token["silo"]] == max(token["shares"].values()) for token in tokens)
     chunks = list(ask(running, "alice", stream=True, **asked))
     told = [one for c in chunks for o in c.choices for one in (o.model_extra.get("seqr") or {}).get("tokens", [])]
     assert told == tokens
