@@ -31,11 +31,11 @@ from seqr.document import utc_now, utc_text
 from seqr.keys import SigningKey
 from seqr.models import load_base_model
 from seqr.plan import GatewayKey, Plan, sign_plan
-from seqr.supervisor import end_group, free_port
+from seqr.supervisor import SUPERVISOR_PID, end_group, free_port
 
 _HOW: dict[str, Any] = {"actor": "bench", "reason": "a benchmark"}
 _API_KEY = "seqr_benchmark_coordinator"
-_READY_S = 300.0
+_READY_S = 900.0
 
 
 @dataclass
@@ -195,7 +195,8 @@ def _policy(url: str, directory: Path, adapters: int, users: int) -> dict[str, s
 def _process(directory: Path) -> Iterator["subprocess.Popen[bytes]"]:
     command = [sys.executable, "-m", "seqr", "gateway", "serve", "--dir", str(directory)]
     with (directory / "gateway.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ), start_new_session=True)
+        environment = {**os.environ, SUPERVISOR_PID: str(os.getpid())}  # it must not outlive this process
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             yield process
         finally:
