@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: help install demo test lint types format bench clean
+.PHONY: help install demo test lint types format clean
 
 help:
 	@echo "make demo    three silos, a coordinator, a gateway and one deletion, on this machine"

@@ -83,6 +83,7 @@ def _keep(story: "Story", federation: "Federation") -> None:
     url = federation.world.gateway_url
     story.chapter("The services keep running until Ctrl-C")
     story.say(f"Gateway:     {url}/v1        (alice's key: {key})")
+    story.say(f"Playground:  {url}/       (log in with the same key)")
     story.say(f"Coordinator: {federation.world.coordinator_url}  (admin's key: {federation.admin_key})")
     story.say(
         f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' "

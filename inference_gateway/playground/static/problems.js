@@ -6,10 +6,12 @@ const BY_STATUS = {
   401: "The key is not accepted",
   403: "This is not permitted",
   404: "It does not exist, or not for you",
+  408: "The message took too long to arrive",
   413: "The message is too large",
   422: "The gateway refuses this request",
   429: "Too many requests",
   503: "The gateway cannot answer now",
+  504: "The answer took too long",
 };
 const BY_CODE = {
   permission_revoked: "A permission was withdrawn while the answer was written",
@@ -24,6 +26,8 @@ export function explain(error) {
     status === null
       ? (BY_CODE[code] ?? "The answer broke off")
       : (BY_STATUS[status] ?? (status >= 500 ? "The gateway failed" : "The gateway refuses this request"));
-  const again = status === null ? code !== "permission_revoked" : status === 0 || status === 429 || status >= 500;
+  // A 429 without a time can never be met: the request is larger than the limit.
+  const later = status === 0 || status >= 500 || (status === 429 && retryAfter !== null);
+  const again = status === null ? code !== "permission_revoked" : later;
   return { title, detail: error.message, again, after: again ? (retryAfter ?? 0) : 0 };
 }

@@ -2,24 +2,25 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from seqr.bench.base_model import model_directory
 from seqr.bench.errors import BenchPeerMissing
 from seqr.bench.gateway.options import Options, check, sizes
 from seqr.bench.machine import describe_machine
 from seqr.smollm2 import default_cache_dir
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _NEEDED = "this benchmark runs the gateway: pip install '.[gateway,bench]'"
 
 
 def gateway(
     out: Annotated[Path, typer.Option(help="Where gateway.json and gateway.md go.")] = Path("bench-gateway"),
-    model: Annotated[Path | None, typer.Option(help="Directory of a prepared base model; default SmolLM2.")] = None,
+    model: Annotated[str, typer.Option(help="Base model: a directory or .gguf file; default SmolLM2-135M.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Few, short and small: to see that it runs.")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Engine and peers, and what answers tell: default.")] = False,
     load: Annotated[bool, typer.Option("--load", help="200 streams for 5 minutes over HTTP, and refusals.")] = False,
@@ -39,10 +40,11 @@ def gateway(
 ) -> None:
     """Tokens per second of the gateway's engine beside its peers, and a crowd against a served gateway."""
     options = Options(
-        model or default_cache_dir() / "models" / DEFAULT_MODEL, sizes(adapters), streams, prompt, tokens, rounds, rank,
-        dtype, peft_most, vllm_python, answers, load_streams, load_seconds,
+        Path(model), sizes(adapters), streams, prompt, tokens, rounds, rank, dtype, peft_most, vllm_python, answers,
+        load_streams, load_seconds,
     )  # fmt: skip
     check(options, threads)
+    options = replace(options, model=model_directory(model, default_cache_dir()))
     if quick:
         options = options.quick()
     torch.set_num_threads(threads or torch.get_num_threads())

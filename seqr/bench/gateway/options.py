@@ -46,10 +46,6 @@ def check(options: Options, threads: int) -> None:
         raise BenchOptionInvalid(f"--threads must not be negative, got {threads}")
     if options.dtype not in ("bfloat16", "float32"):
         raise BenchOptionInvalid(f"--dtype must be bfloat16 or float32, got {options.dtype}")
-    if not options.model.is_dir():
-        raise BenchOptionInvalid(
-            f"--model: {options.model} is no directory; `seqr demo` prepares the default model there"
-        )
 
 
 def sizes(text: str) -> tuple[int, ...]:

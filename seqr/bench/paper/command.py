@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seqr.bench.base_model import model_directory
 from seqr.bench.errors import BenchFolderTaken, BenchInterrupted, BenchOptionInvalid
 from seqr.canonical import canonical_json, sha256_hex
 from seqr.smollm2 import default_cache_dir
@@ -17,7 +18,6 @@ from seqr.smollm2 import default_cache_dir
 if TYPE_CHECKING:
     from seqr.bench.paper.workbench import Settings, Workbench
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 RUN_NOTE = "run.json"
 QUICK_TASKS = ("sst2", "ag_news", "dbpedia_14")
 
@@ -83,7 +83,7 @@ def paper(
         encoder=encoder,
     )
     threads = max(1, (os.cpu_count() or 1) // count)
-    run = Run(_model_directory(model, cache), data, out, cache / "bench/adapters", settings, full, threads, device)
+    run = Run(model_directory(model, cache), data, out, cache / "bench/adapters", settings, full, threads, device)
     # Before any process is started: what is wrong with data, model or folder is said once.
     data_digest = _check_data(run)
     digest = inspect_base_model(run.model, "attention").digest
@@ -157,16 +157,6 @@ def _work_together(run: Run, count: int) -> None:
         raise BenchInterrupted(
             f"a process of the run failed; what is finished is in {run.out}, the same command goes on"
         )
-
-
-def _model_directory(model: str, cache: Path) -> Path:
-    from seqr.models import prepare_base_model
-    from seqr.smollm2 import fetch_smollm2
-
-    if not model:
-        return prepare_base_model(fetch_smollm2(cache), cache / "models" / DEFAULT_MODEL)
-    path = Path(model)
-    return prepare_base_model(path, cache / "models" / path.stem) if path.is_file() else path
 
 
 def _device_name(device: str) -> str:
