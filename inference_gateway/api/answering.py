@@ -109,19 +109,19 @@ class Answers:
     async def _run(self, opened: Opened) -> None:
         try:
             async with opened as answers:
-                self._writing = [asyncio.create_task(self._write(answer)) for answer in answers]
+                self._writing = [asyncio.create_task(self._write(*one)) for one in enumerate(answers)]
                 try:
                     await asyncio.gather(*self._writing, return_exceptions=True)
                 finally:
                     self._end_others()
                     await asyncio.gather(*self._writing, return_exceptions=True)
         except Exception as error:  # noqa: BLE001 - raised where the answers are read
-            self._error = error
+            self._error = self._error or error
         finally:
             self._over = True
             self._news.set()
 
-    async def _write(self, answer: AsyncGenerator[Piece]) -> None:
+    async def _write(self, index: int, answer: AsyncGenerator[Piece]) -> None:
         try:
             async with aclosing(answer):
                 async for piece in answer:
@@ -132,7 +132,7 @@ class Answers:
                         self._fail(piece, TOO_SLOW)
                         return
                     if piece.reason is not None:
-                        self._ended.add(piece.index)
+                        self._ended.add(index)
                     self._pieces.append(piece)
                     self._news.set()
                     # The reader's turn: while there are events an engine's queue never waits, and nobody else ran.
@@ -141,6 +141,8 @@ class Answers:
             self._error = self._error or error
             self._news.set()
             self._end_others()
+        finally:
+            self._ended.add(index)
 
     def _fail(self, piece: Piece, failed: Failed) -> None:
         """Let ``failed`` be the last piece, in place of ``piece``."""

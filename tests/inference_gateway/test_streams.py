@@ -318,6 +318,20 @@ def test_a_revocation_after_the_end_takes_along_what_waits_for_a_slow_reader(own
         assert (error["code"], error["type"]) == ("permission_revoked", "permission_error")
 
 
+def test_a_revocation_takes_along_what_a_reader_that_was_given_up_has_not_read(own: Running) -> None:
+    own.world.grant("bob", "alpha")
+    script = Endless()
+
+    async def revoked(_: Unread) -> None:
+        await until(lambda: script.said and not engine.running)
+        own.world.revoke("bob", "alpha")
+
+    with scripted(own, script) as engine:
+        events = Unread(own, "bob").while_unread(revoked)
+    assert len(text_of(events)) <= 1
+    assert events[-1]["error"]["code"] == "permission_revoked"
+
+
 def test_what_was_written_before_the_deadline_can_still_be_read(own: Running) -> None:
     async def script(_request: GenerationRequest) -> AsyncGenerator[Event]:
         for _ in range(6):
