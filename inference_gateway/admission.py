@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Self
 
 from inference_gateway import request_record
-from inference_gateway.engine.base import Engine, Event, Failed, Finished, GenerationRequest, Tokens
+from inference_gateway.engine.base import Engine, Event, Failed, Finished, GenerationRequest, Shares, Tokens
 from inference_gateway.errors import RateLimited, Refused
 from inference_gateway.fair_queue import FairQueue
 from inference_gateway.limits import RateLimits, Reservation
@@ -103,6 +103,7 @@ class Grant:
         await self._enter(len(request.prompt))
         measured = metrics.answer(self._model, self._arrived, len(request.prompt))
         end: Finished | Failed | None = None
+        totals: Shares | None = None
         try:
             asked = replace(request, attribution=request.attribution or settings.count_all_shares)
             async with aclosing(engine.generate(asked)) as events:
@@ -112,15 +113,16 @@ class Grant:
                         self.generated += len(event.ids)
                         queue.count(self._user_id, len(event.ids))
                         measured.tokens(len(event.ids))
+                        totals = event.totals
                     else:
                         end = event
-                        measured.shares(event.shares if isinstance(event, Finished) else None)
                     yield event if request.attribution else _without_shares(event)
         finally:
             queue.leave(self._user_id)
             reason = "stop" if request.request_id in self._complete else "abort"
             if end is not None:
                 reason = end.reason if isinstance(end, Finished) else end.code
+            measured.shares(end.shares if isinstance(end, Finished) else totals)
             measured.ended(reason)
             self._record.fields["reason"] = reason
             if measured.first_token_ms is not None:
@@ -150,8 +152,8 @@ class Grant:
 
 
 def _without_shares(event: Event) -> Event:
-    if isinstance(event, Tokens) and event.shares:
-        return replace(event, shares=())
+    if isinstance(event, Tokens) and (event.shares or event.totals is not None):
+        return replace(event, shares=(), totals=None)
     if isinstance(event, Finished) and event.shares is not None:
         return replace(event, shares=None)
     return event

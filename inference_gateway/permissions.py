@@ -67,6 +67,15 @@ class Permissions:
             with self._lock:
                 del self._watched[request_id]
 
+    def lost(self, decision: Decision, silos: frozenset[str]) -> Failed | None:
+        """Why what was written under ``decision`` with ``silos`` must not be handed over now; None when it may."""
+        one = _Watched(decision.user_id, silos, decision)
+        try:
+            self._refresh([one] if silos else [])
+        except PolicyError:
+            return UNREADABLE
+        return one.lost
+
     def withdrawn(self) -> Mapping[str, Failed]:
         """The requests that must not go on, by id. Reads the policy version; decides anew only when it has to."""
         with self._lock:

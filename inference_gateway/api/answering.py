@@ -2,9 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
+
+from fastapi.concurrency import run_in_threadpool
 
 from inference_gateway.admission import Grant
 from inference_gateway.api.admitted import admitted
@@ -26,6 +28,8 @@ TOO_SLOW = Failed(
     "reader_too_slow",
     "the answer was written faster than it was read and has been given up; read faster or ask for less",
 )
+# After these, what has been written before may still be read. Any other failure, as a permission's end, takes it along.
+KEEPS_WHAT_IS_WRITTEN = frozenset({"request_timeout", TOO_SLOW.code})
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,16 @@ Opened = AbstractAsyncContextManager[Sequence[AsyncGenerator[Piece]]]
 class Answers:
     """Writes ``count`` choices at once and keeps at most ``limit`` pieces for a reader; a slower one gets ``TOO_SLOW``.
 
-    ``opened`` is entered first and left when all answers are over, in whatever way.
+    ``opened`` is entered first and left when all answers are over, in whatever way. The first choice that fails ends
+    the others. ``lost`` is asked, in a thread, before a piece of a choice leaves that has ended already, for which
+    nobody else watches the permission: the reason for which it must not.
     """
 
-    def __init__(self, opened: Opened, count: int, limit: int):
+    def __init__(self, opened: Opened, count: int, limit: int | None, lost: Callable[[], Failed | None]):
         self.count = count
         self._limit = limit
+        self._lost = lost
+        self._ended: set[int] = set()
         self._pieces: deque[Piece] = deque()
         self._news = asyncio.Event()
         self._error: Exception | None = None
@@ -86,6 +94,11 @@ class Answers:
             self._news.clear()
             async with asyncio.timeout(seconds):
                 await self._news.wait()
+        piece = self._pieces[0]
+        if piece.index in self._ended and piece.failed is None:
+            lost = await run_in_threadpool(self._lost)
+            if lost is not None:
+                self._fail(Piece(piece.index, (), piece.used), lost)
         return self._pieces.popleft()
 
     async def aclose(self) -> None:
@@ -96,40 +109,62 @@ class Answers:
     async def _run(self, opened: Opened) -> None:
         try:
             async with opened as answers:
-                self._writing = [asyncio.create_task(self._write(answer)) for answer in answers]
+                self._writing = [asyncio.create_task(self._write(*one)) for one in enumerate(answers)]
                 try:
                     await asyncio.gather(*self._writing, return_exceptions=True)
                 finally:
-                    self._end(self._writing)
+                    self._end_others()
                     await asyncio.gather(*self._writing, return_exceptions=True)
         except Exception as error:  # noqa: BLE001 - raised where the answers are read
-            self._error = error
+            self._error = self._error or error
         finally:
             self._over = True
             self._news.set()
 
-    async def _write(self, answer: AsyncGenerator[Piece]) -> None:
+    async def _write(self, index: int, answer: AsyncGenerator[Piece]) -> None:
         try:
             async with aclosing(answer):
                 async for piece in answer:
-                    if len(self._pieces) >= self._limit:
-                        self._pieces.append(Piece(piece.index, (), piece.used, failed=TOO_SLOW))
-                        self._end(self._writing)
-                    else:
-                        self._pieces.append(piece)
+                    if piece.failed is not None:
+                        self._fail(piece, piece.failed)
+                        return
+                    if self._limit is not None and len(self._pieces) >= self._limit:
+                        self._fail(piece, TOO_SLOW)
+                        return
+                    if piece.reason is not None:
+                        self._ended.add(index)
+                    self._pieces.append(piece)
                     self._news.set()
+                    # The reader's turn: while there are events an engine's queue never waits, and nobody else ran.
+                    await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 - raised where the answers are read
-            self._error = error
+            self._error = self._error or error
             self._news.set()
+            self._end_others()
+        finally:
+            self._ended.add(index)
 
-    def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        for task in tasks:
-            task.cancel()
+    def _fail(self, piece: Piece, failed: Failed) -> None:
+        """Let ``failed`` be the last piece, in place of ``piece``."""
+        if failed.code not in KEEPS_WHAT_IS_WRITTEN:
+            self._pieces.clear()
+        self._pieces.append(Piece(piece.index, (), piece.used, failed=failed))
+        self._news.set()
+        self._end_others()
+
+    def _end_others(self) -> None:
+        for task in self._writing:
+            if task is not asyncio.current_task():
+                task.cancel()
 
 
-def begin(service: Service, caller: Principal, asked: Asked, stops: Sequence[str]) -> Answers:
-    """Begin all choices. The caller closes what this returns."""
-    return Answers(_opened(service, caller, asked, stops), len(asked.requests), service.settings.stream_buffer_events)
+def begin(service: Service, caller: Principal, asked: Asked, stops: Sequence[str], limit: int | None) -> Answers:
+    """Begin all choices, ``limit`` as in ``Answers``. The caller closes what this returns."""
+
+    def lost() -> Failed | None:
+        return service.permissions.lost(asked.decision, frozenset(asked.silos))
+
+    return Answers(_opened(service, caller, asked, stops), len(asked.requests), limit, lost)
 
 
 @asynccontextmanager
@@ -163,7 +198,7 @@ async def answer(
                     tokens = shown(text.push([token.id for token in fresh]))
                     if text.stopped:
                         grant.complete(request.request_id)
-                        yield Piece(index, tokens, used, "stop")
+                        yield Piece(index, tokens, used, "stop", event.totals)
                         return
                     if tokens:
                         yield Piece(index, tokens, used)

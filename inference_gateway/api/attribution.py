@@ -10,10 +10,7 @@ from inference_gateway.engine.base import Shares
 
 
 def summary(asked: Asked, ends: Iterable[Shares | None]) -> dict[str, Any]:
-    """``seqr`` of a whole answer: shares of all (token, module) choices, and of those that made answer tokens.
-
-    Null where an answer has ended at a stop string, whose sums the engine does not tell.
-    """
+    """``seqr`` of a whole answer: shares of all (token, module) choices, and of those that made answer tokens."""
     if not asked.request.attribution:
         return {}
     known = [shares for shares in ends if shares is not None]
@@ -28,8 +25,8 @@ def summary(asked: Asked, ends: Iterable[Shares | None]) -> dict[str, Any]:
             "routing": asked.request.mode,
             "policy_version": asked.decision.policy_version,
             "library_version": asked.library_version,
-            "shares": _shares(total, sum(one.choices for one in known)) if known else None,
-            "answer_shares": _shares(answer, sum(one.answer_choices for one in known)) if known else None,
+            "shares": _shares(total, sum(one.choices for one in known)),
+            "answer_shares": _shares(answer, sum(one.answer_choices for one in known)),
         }
     }
 

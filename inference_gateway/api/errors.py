@@ -112,6 +112,23 @@ def error_body(message: str, code: str, status: int, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def status_of(error: SeqrError | PolicyError) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, ApiError | Refused):
+        return error.status
+    families = ((NotAuthenticated, 401), (NotAllowed, 403), ((Unavailable, NotReady, EngineStopped), 503))
+    return next((status for family, status in families if isinstance(error, family)), 500)
+
+
+def body_of_error(error: SeqrError | PolicyError) -> dict[str, Any]:
+    """The body of an error, the same before a stream begins and as an event in it."""
+    param = error.param if isinstance(error, ApiError) else None
+    body = error_body(str(error), error.code, status_of(error), param)
+    if isinstance(error, Refused):
+        body["error"]["type"] = error.kind
+    return body
+
+
 def server_fault() -> dict[str, Any]:
     """The body of an unexpected error: the server logs the cause, the caller learns nothing about it."""
     return error_body("the request could not be served because of an internal error", "internal_error", 500)
@@ -137,9 +154,9 @@ def respond(
 def install(app: FastAPI) -> None:
     """Give every error of ``app`` OpenAI's shape."""
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(PolicyError, _policy_error)
     app.add_exception_handler(Refused, _refused)
-    app.add_exception_handler(SeqrError, _seqr_error)
+    app.add_exception_handler(PolicyError, _other_error)
+    app.add_exception_handler(SeqrError, _other_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
@@ -151,22 +168,13 @@ async def _api_error(_request: Request, error: Any) -> JSONResponse:
 
 
 async def _refused(_request: Request, error: Any) -> JSONResponse:
-    body = error_body(str(error), error.code, error.status)
-    body["error"]["type"] = error.kind
     # OpenAI's clients try again by themselves unless they are told that it cannot help.
     again = {"x-should-retry": "false"} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(body, error.status, headers=again)
+    return JSONResponse(body_of_error(error), error.status, headers=again)
 
 
-async def _policy_error(_request: Request, error: Any) -> JSONResponse:
-    families = ((NotAuthenticated, 401), (NotAllowed, 403), (Unavailable, 503))
-    status = next((status for family, status in families if isinstance(error, family)), 500)
-    return respond(str(error), error.code, status)
-
-
-async def _seqr_error(_request: Request, error: Any) -> JSONResponse:
-    status = 503 if isinstance(error, NotReady | EngineStopped) else 500
-    return respond(str(error), error.code, status)
+async def _other_error(_request: Request, error: Any) -> JSONResponse:
+    return respond(str(error), error.code, status_of(error))
 
 
 async def _validation_error(_request: Request, error: Any) -> JSONResponse:

@@ -41,7 +41,9 @@ async def answered(
 ) -> Response:
     """Generate all choices and write them."""
     headers = headers_of(asked)
-    answers = begin(service, caller, asked, body.stops)
+    # Without a stream the gateway is the reader, and what it keeps is bounded by the answers' lengths.
+    limit = service.settings.stream_buffer_events * len(asked.requests) if body.stream else None
+    answers = begin(service, caller, asked, body.stops, limit)
     if body.stream:
         return await _stream(service, answers, body, written.parts(), headers)
     return await _plain(answers, written, headers, request)

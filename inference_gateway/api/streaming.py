@@ -9,8 +9,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from inference_gateway.api.answering import Answers, Piece
-from inference_gateway.api.errors import error_body, failed_status, server_fault
+from inference_gateway.api.errors import body_of_error, error_body, failed_status, server_fault
 from inference_gateway.engine.base import Failed
+from policy.errors import PolicyError
 from seqr.errors import SeqrError
 
 log = logging.getLogger(__name__)
@@ -76,9 +77,12 @@ async def events(
             except TimeoutError:
                 yield KEEP_ALIVE
                 continue
-            except Exception as error:
+            except (SeqrError, PolicyError) as error:
+                yield _event(body_of_error(error))
+                break
+            except Exception:
                 log.exception("a stream ends with an error")
-                yield _event(_told(error))
+                yield _event(server_fault())
                 break
         if piece is None:
             break
@@ -108,12 +112,6 @@ async def first_piece(answers: Answers, seconds: float) -> Piece | None:
 
 def _failed(failed: Failed) -> Mapping[str, Any]:
     return error_body(failed.message, failed.code, failed_status(failed))
-
-
-def _told(error: Exception) -> Mapping[str, Any]:
-    if isinstance(error, SeqrError):
-        return error_body(str(error), error.code, 503)
-    return server_fault()
 
 
 def _event(body: Mapping[str, Any]) -> bytes:

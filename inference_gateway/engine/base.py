@@ -93,11 +93,15 @@ class TokenShares:
 
 @dataclass(frozen=True)
 class Tokens:
-    """New tokens of a request, in order. ``logprobs`` and ``shares``: one for each id, or empty when not asked for."""
+    """New tokens of a request, in order. ``logprobs`` and ``shares``: one for each id, or empty when not asked for.
+
+    ``totals``: the request's shares up to these tokens; None when not asked for.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     shares: tuple[TokenShares, ...] = ()
+    totals: "Shares | None" = None
 
 
 @dataclass(frozen=True)

@@ -141,4 +141,4 @@ class SequenceTable:
             logprobs = sequence.sampler.take(len(ids)) if sequence.sampler is not None else ()
             shares = tuple(sequence.token_shares[: len(ids)])
             del sequence.token_shares[: len(ids)]
-            sequence.deliver(Tokens(ids, logprobs, shares))
+            sequence.deliver(Tokens(ids, logprobs, shares, sequence.shares))

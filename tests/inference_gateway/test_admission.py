@@ -261,7 +261,7 @@ def test_an_answer_is_counted_by_how_it_ends() -> None:
 def test_shares_are_counted_for_the_operator_and_told_only_to_who_asked(everything: bool) -> None:
     async def session() -> None:
         admission = door(count_all_shares=everything)
-        token = Tokens((1,), shares=(TokenShares({"clinic": 3}, 4, None),))
+        token = Tokens((1,), shares=(TokenShares({"clinic": 3}, 4, None),), totals=SHARES)
         engine = ScriptedEngine(token, Finished("stop", SHARES))
         with admit(admission) as grant:
             assert await read(grant, engine, request()) == [Tokens((1,)), Finished("stop")]
@@ -270,6 +270,25 @@ def test_shares_are_counted_for_the_operator_and_told_only_to_who_asked(everythi
             assert await read(grant, engine, request(attribution=True)) == [token, Finished("stop", SHARES)]
         assert value(admission, "seqr_routing_choices_total", silo="clinic") == 6
         assert value(admission, "seqr_routing_choices_total", silo="") == 2
+
+    run(session)
+
+
+@pytest.mark.parametrize("end", ["a stop string", "a client that leaves", "a failure"])
+def test_shares_are_counted_up_to_where_an_answer_ends_however_it_ends(end: str) -> None:
+    async def session() -> None:
+        admission = door(count_all_shares=True)
+        first, second = (Tokens((1,), totals=totals) for totals in (Shares({"clinic": 1}, {}, 2, 0), SHARES))
+        last = Failed("permission_revoked", "over") if end == "a failure" else None
+        with admit(admission) as grant:
+            async with aclosing(grant.generate(ScriptedEngine(first, second, last), request("r"))) as events:
+                assert [await anext(events), await anext(events)] == [Tokens((1,))] * 2
+                if end == "a stop string":
+                    grant.complete("r")
+                elif end == "a failure":
+                    assert await anext(events) == last
+        assert value(admission, "seqr_routing_choices_total", silo="clinic") == 3
+        assert value(admission, "seqr_routing_choices_total", silo="") == 1
 
     run(session)
 

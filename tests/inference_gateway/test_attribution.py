@@ -133,6 +133,26 @@ def test_the_summary_adds_up_what_the_tokens_were_told(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_tokens_come_with_the_sums_of_all_until_then_and_the_last_with_the_summary(
+    model_dir: Path, plan: Plan, residents: list[Resident], mode: str
+) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        keys = frozenset(one.key for one in residents)
+        request = GenerationRequest("mine", tuple(prompts(1)[0]), 12, keys, mode, attribution=True)
+        return [event async for event in engine.generate(request)]
+
+    *events, end = serve(model_dir, plan, use, residents)
+    sums: Counter[str] = Counter()
+    answer_choices = 0
+    for event in events:
+        for one in event.shares:
+            sums.update(one.counts)
+            answer_choices += one.choices
+        assert (event.totals.answer, event.totals.answer_choices) == (sums, answer_choices)
+    assert len(events) > 1 and events[-1].totals == end.shares
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_forbidden_silo_appears_in_no_share_and_in_no_margin(
     model_dir: Path, plan: Plan, residents: list[Resident], mode: str
 ) -> None:

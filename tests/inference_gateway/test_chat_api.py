@@ -130,6 +130,19 @@ def test_stop_strings_end_the_answer_before_them(running: Running) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == full[: full.index(stop)]
 
 
+@pytest.mark.parametrize("mode", ["prompt_evidence", "per_token"])
+def test_an_answer_that_ends_at_a_stop_string_has_the_shares_of_the_same_answer_cut_by_length(
+    running: Running, mode: str
+) -> None:
+    told = {"seqr": {"attribution": True, "routing": mode}}
+    full = ask(running, "alice", max_tokens=12, extra_body=told).choices[0].message.content
+    stopped = ask(running, "alice", max_tokens=12, stop=full[4:6], extra_body=told)
+    assert stopped.choices[0].finish_reason == "stop"
+    cut = ask(running, "alice", max_tokens=stopped.usage.completion_tokens, extra_body=told)
+    assert stopped.model_extra["seqr"] == cut.model_extra["seqr"]
+    assert sum(stopped.model_extra["seqr"]["answer_shares"].values()) == pytest.approx(1.0)
+
+
 def test_a_seed_repeats_its_draws_and_another_does_not(running: Running) -> None:
     def drawn(seed: int) -> str:
         return ask(running, "alice", temperature=1.3, top_p=0.95, seed=seed, max_tokens=16).choices[0].message.content

@@ -101,3 +101,24 @@ def test_an_unreadable_policy_ends_every_request_that_may_use_a_silo(policy: Pol
         with policy.engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE policy_state RENAME TO gone")
         assert policy.lost() == "policy_unavailable"
+
+
+@pytest.mark.parametrize("act", ["revoke", "quarantine", "disable", "time", "unreadable"])
+def test_a_written_answer_is_lost_with_the_permission_it_was_written_under(policy: Policy, act: str) -> None:
+    decision, alpha = policy.permissions.decide("alice"), frozenset(["alpha"])
+    policy.store.create_user("bob", **HOW)
+    assert policy.permissions.lost(decision, alpha) is None
+    if act == "revoke":
+        policy.store.revoke_grant(policy.grant, **HOW)
+    elif act == "quarantine":
+        policy.store.set_silo_status("alpha", "quarantined", **HOW)
+    elif act == "disable":
+        policy.store.disable_user("alice", **HOW)
+    elif act == "time":
+        policy.now += timedelta(days=91)
+    else:
+        with policy.engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE policy_state RENAME TO gone")
+    lost = policy.permissions.lost(decision, alpha)
+    assert lost is not None and lost.code == ("policy_unavailable" if act == "unreadable" else "permission_revoked")
+    assert policy.permissions.lost(decision, frozenset()) is None

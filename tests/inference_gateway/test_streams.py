@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,28 @@ import openai
 import pytest
 
 from inference_gateway.api.answering import Answers, Piece
+from inference_gateway.api.errors import InvalidValue
 from inference_gateway.engine.base import Event, Failed, Finished, GenerationRequest, Shares, Tokens, TokenShares
-from inference_gateway.errors import EngineStopped
-from tests.inference_gateway.conftest import Running, World, wait_until
-from tests.inference_gateway.scripted import says, scripted
-from tests.inference_gateway.support import run
+from inference_gateway.errors import EngineStopped, QueueTimeout, RateLimited
+from policy.errors import Unavailable
+from seqr.plan import Plan
+from tests.inference_gateway.conftest import HOW, Running, World, wait_until
+from tests.inference_gateway.scripted import Script, says, scripted
+from tests.inference_gateway.support import random_adapter, run
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400, "stream": True}
 REVOKED = Failed("permission_revoked", "the permission has ended")
 
 
 @pytest.fixture(scope="module")
-def own(make_world: Callable[[Path], World], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A gateway that says something every tenth of a second at least, and keeps eight pieces for a reader."""
+def own(make_world: Callable[[Path], World], plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A gateway that says something every tenth of a second at least, and keeps eight pieces of each choice."""
     world = make_world(tmp_path_factory.mktemp("streams") / "gateway")
     world.settings = world.settings.model_copy(update={"keep_alive_seconds": 0.1, "stream_buffer_events": 8})
+    world.coordinator.stage("alpha", 1, random_adapter(plan, 0))
     server = Running(world).start()
     try:
-        server.await_adapters()
+        server.await_adapters("alpha")
         yield server
     finally:
         server.stop()
@@ -85,6 +90,7 @@ def test_a_failure_before_anything_is_said_is_an_http_error(own: Running) -> Non
 def test_a_failure_in_the_middle_is_an_event_and_ends_the_other_choices(own: Running, route: str) -> None:
     async def fails(request: GenerationRequest) -> AsyncGenerator[Event]:
         yield Tokens((65,))
+        await asyncio.sleep(0.05)  # until the token has been read
         if request is engine.requests[0]:
             yield REVOKED
         else:
@@ -99,18 +105,52 @@ def test_a_failure_in_the_middle_is_an_event_and_ends_the_other_choices(own: Run
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(EngineStopped("the worker has stopped"), "engine_stopped"), (KeyError("x"), "internal_error")]
+    "error",
+    [
+        EngineStopped("the worker has stopped"),
+        QueueTimeout("no place"),
+        RateLimited("too many", "tokens_per_day", None),
+        InvalidValue("too cold", "temperature"),
+        Unavailable("no policy"),
+        KeyError("a secret"),
+    ],
 )
-def test_an_exception_in_the_middle_is_an_event_that_tells_no_cause(own: Running, error: Exception, code: str) -> None:
+def test_an_error_in_the_middle_is_an_event_with_the_body_that_it_has_before_a_stream(
+    own: Running, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     async def breaks(_request: GenerationRequest) -> AsyncGenerator[Event]:
         yield Tokens((65,))
         raise error
 
     with scripted(own, breaks):
-        _, lines = lines_of(own)
-    told = bodies(lines)[-1]["error"]
-    assert told["code"] == code and "KeyError" not in json.dumps(told)
-    assert lines[-1] == "data: [DONE]"
+        plain = own.http("alice").post("/v1/chat/completions", json=CHAT | {"stream": False}).json()
+        caplog.clear()
+        status, lines = lines_of(own)
+    assert status == 200 and lines[-1] == "data: [DONE]"
+    assert bodies(lines)[-1] == plain and "secret" not in json.dumps(plain)
+    logged = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+    assert logged == (["a stream ends with an error"] if isinstance(error, KeyError) else [])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (EngineStopped("stopped"), ("server_error", None, "engine_stopped")),
+        (RateLimited("too many", "tokens_per_day", None), ("tokens", None, "rate_limit_exceeded")),
+        (InvalidValue("too cold", "temperature"), ("invalid_request_error", "temperature", "invalid_value")),
+        (KeyError("a secret"), ("server_error", None, "internal_error")),
+    ],
+)
+def test_an_error_event_has_the_type_parameter_and_code_of_its_cause(
+    own: Running, error: Exception, told: tuple[str, str | None, str]
+) -> None:
+    async def breaks(_request: GenerationRequest) -> AsyncGenerator[Event]:
+        yield Tokens((65,))
+        raise error
+
+    with scripted(own, breaks):
+        event = bodies(lines_of(own)[1])[-1]["error"]
+    assert (event["type"], event["param"], event["code"]) == told
 
 
 def test_the_openai_client_raises_on_a_failure_in_the_middle(own: Running) -> None:
@@ -135,49 +175,194 @@ class Endless:
             await asyncio.sleep(0)
 
 
-def test_a_reader_that_does_not_read_loses_its_stream_and_holds_nothing(own: Running) -> None:
-    """Below HTTP, where a test decides when the client takes the next part."""
-    script, sent, read = Endless(), [], asyncio.Event()
-    body = json.dumps(CHAT).encode()
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-        "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "root_path": "",
-        "scheme": "http", "server": ("x", 1), "client": ("x", 2),
-        "headers": [(b"authorization", f"Bearer {own.world.keys['alice']}".encode())],
-    }  # fmt: skip
+class Unread:
+    """A stream below HTTP whose client takes nothing after the headers until ``read`` is set."""
 
-    async def receive() -> dict[str, Any]:
-        if sent_body:
+    def __init__(self, running: Running, user: str = "alice", **body: Any):
+        self._running = running
+        self._user = user
+        self._body = json.dumps(CHAT | body).encode()
+        self._asked = False
+        self._told = b""
+        self.read = asyncio.Event()
+
+    def while_unread(self, meanwhile: Callable[["Unread"], Awaitable[None]]) -> list[dict[str, Any]]:
+        """The events, read once ``meanwhile`` is over."""
+
+        async def client() -> None:
+            serving = asyncio.create_task(self._running.app(self._scope(), self._receive, self._send))
+            await meanwhile(self)
+            assert not serving.done()
+            self.read.set()
+            await serving
+
+        asyncio.run_coroutine_threadsafe(client(), self._running.loop).result(20)
+        lines = self._told.decode().split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return bodies(lines)
+
+    def _scope(self) -> dict[str, Any]:
+        return {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+            "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "root_path": "",
+            "scheme": "http", "server": ("x", 1), "client": ("x", 2),
+            "headers": [(b"authorization", f"Bearer {self._running.world.keys[self._user]}".encode())],
+        }  # fmt: skip
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._asked:
             await asyncio.sleep(60)
-        sent_body.append(True)
-        return {"type": "http.request", "body": body, "more_body": False}
+        self._asked = True
+        return {"type": "http.request", "body": self._body, "more_body": False}
 
-    sent_body: list[bool] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
+    async def _send(self, message: Any) -> None:
+        self._told += message.get("body", b"")
         if message["type"] == "http.response.body":
-            await read.wait()
+            await self.read.wait()
 
-    async def client(engine: Any) -> int:
-        serving = asyncio.create_task(own.app(scope, receive, send))
-        while engine.running or not script.said:
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(c["delta"].get("content") or "" for e in events for c in e.get("choices", ()))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
             await asyncio.sleep(0.01)
+
+
+def test_a_reader_that_does_not_read_loses_its_stream_and_holds_nothing(own: Running) -> None:
+    script = Endless()
+
+    async def given_up(_: Unread) -> None:
+        await until(lambda: script.said and not engine.running)
         said = script.said
         await asyncio.sleep(0.1)
-        assert script.said == said and not serving.done()  # given up, though nothing has been read
-        read.set()
-        await serving
-        return said
+        assert script.said == said < 8 + 5
 
     with scripted(own, script) as engine:
-        said = asyncio.run_coroutine_threadsafe(client(engine), own.loop).result(20)
-    assert said < 8 + 5
-    told = b"".join(message.get("body", b"") for message in sent).decode()
-    events = [json.loads(line.removeprefix("data: ")) for line in told.split("\n\n") if line.startswith("data: {")]
-    assert events[-1]["error"]["code"] == "reader_too_slow"
-    assert "read faster or ask for less" in events[-1]["error"]["message"]
-    assert told.endswith("data: [DONE]\n\n")
+        error = Unread(own).while_unread(given_up)[-1]["error"]
+    assert error["code"] == "reader_too_slow" and "read faster or ask for less" in error["message"]
+
+
+def at_once(count: int) -> Script:
+    """A script that has ``count`` tokens ready and never waits."""
+
+    async def script(_request: GenerationRequest) -> AsyncGenerator[Event]:
+        for _ in range(count):
+            yield Tokens((65,))
+        yield Finished("stop")
+
+    return script
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reader_that_reads_gets_all_of_an_answer_that_was_written_faster_than_the_buffer_is_long(
+    own: Running, stream: bool
+) -> None:
+    with scripted(own, at_once(100)):
+        if stream:
+            _, lines = lines_of(own, n=2)
+            events = bodies(lines)
+            texts = [text_of([e for e in events if e["choices"][0]["index"] == index]) for index in (0, 1)]
+        else:
+            answer = own.http("alice").post("/v1/chat/completions", json=CHAT | {"stream": False, "n": 2}).json()
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert [len(text) for text in texts] == [100, 100]
+
+
+def test_a_revocation_in_the_middle_takes_along_what_waits_for_a_slow_reader(own: Running) -> None:
+    revoke, script_waits = asyncio.Event(), asyncio.Event()
+
+    async def script(_request: GenerationRequest) -> AsyncGenerator[Event]:
+        for _ in range(6):
+            yield Tokens((65,))
+        script_waits.set()
+        await revoke.wait()
+        yield REVOKED
+
+    async def revoked(_: Unread) -> None:
+        await until(script_waits.is_set)
+        revoke.set()
+        await until(lambda: not engine.running)
+
+    with scripted(own, script) as engine:
+        events = Unread(own).while_unread(revoked)
+    assert len(text_of(events)) <= 1  # what was being handed over
+    assert events[-1]["error"]["code"] == "permission_revoked"
+
+
+@pytest.mark.parametrize("act", ["nothing", "revoke the grant", "quarantine the silo"])
+def test_a_revocation_after_the_end_takes_along_what_waits_for_a_slow_reader(own: Running, act: str) -> None:
+    own.world.grant("bob", "alpha")
+
+    async def acted(_: Unread) -> None:
+        await until(lambda: engine.requests and not engine.running)
+        if act == "revoke the grant":
+            own.world.revoke("bob", "alpha")
+        elif act == "quarantine the silo":
+            own.world.policy.set_silo_status("alpha", "quarantined", **HOW)
+
+    try:
+        with scripted(own, at_once(6)) as engine:
+            events = Unread(own, "bob").while_unread(acted)
+    finally:
+        own.world.policy.set_silo_status("alpha", "active", **HOW)
+        if act != "revoke the grant":
+            own.world.revoke("bob", "alpha")
+    if act == "nothing":
+        assert len(text_of(events)) == 6 and events[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        assert len(text_of(events)) <= 1  # what was being handed over
+        error = events[-1]["error"]
+        assert (error["code"], error["type"]) == ("permission_revoked", "permission_error")
+
+
+def test_a_revocation_takes_along_what_a_reader_that_was_given_up_has_not_read(own: Running) -> None:
+    own.world.grant("bob", "alpha")
+    script = Endless()
+
+    async def revoked(_: Unread) -> None:
+        await until(lambda: script.said and not engine.running)
+        own.world.revoke("bob", "alpha")
+
+    with scripted(own, script) as engine:
+        events = Unread(own, "bob").while_unread(revoked)
+    assert len(text_of(events)) <= 1
+    assert events[-1]["error"]["code"] == "permission_revoked"
+
+
+def test_what_was_written_before_the_deadline_can_still_be_read(own: Running) -> None:
+    async def script(_request: GenerationRequest) -> AsyncGenerator[Event]:
+        for _ in range(6):
+            yield Tokens((65,))
+        yield Failed("request_timeout", "too long")
+
+    async def over(_: Unread) -> None:
+        await until(lambda: engine.requests and not engine.running)
+
+    with scripted(own, script) as engine:
+        events = Unread(own).while_unread(over)
+    assert len(text_of(events)) == 6 and events[-1]["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("failure", [REVOKED, EngineStopped("the worker has stopped")])
+def test_one_failed_choice_ends_the_others_though_nobody_reads(own: Running, failure: Failed | Exception) -> None:
+    async def script(request: GenerationRequest) -> AsyncGenerator[Event]:
+        yield Tokens((65,))
+        if request is not engine.requests[0]:
+            await asyncio.sleep(60)
+        await until(lambda: len(engine.requests) == 2)
+        if isinstance(failure, Exception):
+            raise failure
+        yield failure
+
+    async def over(_: Unread) -> None:
+        await until(lambda: len(engine.requests) == 2 and not engine.running)
+
+    with scripted(own, script) as engine:
+        events = Unread(own, n=2).while_unread(over)
+    assert events[-1]["error"]["code"] == failure.code  # type: ignore[union-attr]
 
 
 def test_a_client_that_leaves_in_silence_ends_its_request(own: Running) -> None:
@@ -200,7 +385,7 @@ def test_pieces_beyond_the_limit_end_every_choice() -> None:
             await asyncio.sleep(0)
 
     async def read() -> list[Piece]:
-        answers = Answers(nullcontext([endless(0), endless(1)]), 2, 5)
+        answers = Answers(nullcontext([endless(0), endless(1)]), 2, 5, lambda: None)
         await asyncio.sleep(0.05)
         pieces = []
         while (piece := await answers.get(1)) is not None:
@@ -211,6 +396,53 @@ def test_pieces_beyond_the_limit_end_every_choice() -> None:
     pieces = run(read())
     assert len(pieces) == 6
     assert pieces[-1].failed is not None and pieces[-1].failed.code == "reader_too_slow"
+
+
+def test_the_first_of_several_errors_is_the_one_that_is_told() -> None:
+    async def breaks() -> AsyncGenerator[Piece]:
+        yield Piece(0, (), 1)
+        raise EngineStopped("the first")
+
+    async def breaks_when_it_is_ended() -> AsyncGenerator[Piece]:
+        try:
+            yield Piece(1, (), 1)
+            await asyncio.sleep(60)
+        finally:
+            raise ValueError("the second")
+
+    async def read() -> None:
+        answers = Answers(nullcontext([breaks(), breaks_when_it_is_ended()]), 2, 5, lambda: None)
+        with pytest.raises(EngineStopped, match="the first"):
+            while True:
+                assert await answers.get(5) is not None
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineStopped, match="the first"):
+            await answers.get(5)
+        await answers.aclose()
+
+    run(read())
+
+
+def test_the_summary_counts_choices_that_ended_at_a_stop_string_beside_those_that_did_not(own: Running) -> None:
+    ids = own.service.serving.tokenizer("ab", add_special_tokens=False)["input_ids"]
+
+    async def script(request: GenerationRequest) -> AsyncGenerator[Event]:
+        part = TokenShares({"clinic": 4}, 4, None)
+        yield Tokens((ids[0],), (), (part,), Shares({"clinic": 4}, {"clinic": 4}, 8, 4))
+        if request is engine.requests[0]:
+            yield Tokens((ids[1],), (), (part,), Shares({"clinic": 8}, {"clinic": 8}, 12, 8))
+            await asyncio.sleep(60)
+        yield Finished("length", Shares({"clinic": 4}, {"clinic": 4}, 8, 4))
+
+    asked = CHAT | {"seqr": {"attribution": True}, "n": 2, "stop": "b"}
+    with scripted(own, script) as engine:
+        plain = own.http("alice").post("/v1/chat/completions", json=asked | {"stream": False}).json()
+        engine.requests.clear()
+        _, lines = lines_of(own, **asked)
+    assert sorted(choice["finish_reason"] for choice in plain["choices"]) == ["length", "stop"]
+    assert plain["seqr"]["shares"] == {"clinic": 0.6}  # 8 + 4 of 12 + 8
+    assert plain["seqr"]["answer_shares"] == {"clinic": 1.0}
+    assert bodies(lines)[-1]["seqr"] == plain["seqr"]
 
 
 def test_per_token_attribution_names_the_silo_with_the_largest_share(own: Running) -> None:
