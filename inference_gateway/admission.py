@@ -5,8 +5,8 @@ A request reserves its tokens at once; each of its answers then waits for a plac
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Self
 
@@ -37,40 +37,59 @@ class Admission:
         *,
         prompt_tokens: int,
         max_tokens: int,
+        answers: int = 1,
         model: str = "",
     ) -> "Grant":
-        """Reserve ``prompt_tokens`` + ``max_tokens``, those of all answers, until the caller closes the grant.
+        """Reserve ``prompt_tokens`` + ``max_tokens``, those of all ``answers``, until the caller closes the grant.
 
         ``limits``: what the policy sets for the user and for the key. Raises RateLimited; then nothing is counted.
         """
-        record, defaults = request_record.current(), self.settings.limits
-        mine = (limits[0].over(defaults.user.limits()), limits[1].over(defaults.key.limits()))
-        who = (principal.user_id, principal.key_id)
-        record.fields["prompt_tokens"] = prompt_tokens
+        request_record.current().fields["prompt_tokens"] = prompt_tokens
+        who, mine = (principal.user_id, principal.key_id), self._over_defaults(limits)
+        with self._told(who, mine):
+            reservation = self._limits.reserve(*who, mine, prompt_tokens + max_tokens, answers)
+        return Grant(self, principal.user_id, reservation, model)
+
+    def check(self, principal: Principal, limits: tuple[Limits, Limits], answers: int) -> None:
+        """Before any work for a body with ``answers`` or more to each prompt: what ``admit`` would refuse whatever the
+        prompt. Raises RateLimited.
+        """
+        who, mine = (principal.user_id, principal.key_id), self._over_defaults(limits)
+        with self._told(who, mine):
+            self._limits.check(*who, mine, answers)
+
+    def _over_defaults(self, limits: tuple[Limits, Limits]) -> tuple[Limits, Limits]:
+        defaults = self.settings.limits
+        return limits[0].over(defaults.user.limits()), limits[1].over(defaults.key.limits())
+
+    @contextmanager
+    def _told(self, who: tuple[str, str], limits: tuple[Limits, Limits]) -> Iterator[None]:
+        """Counts a refusal, and leaves the limits' headers for the response."""
         try:
-            reservation = self._limits.reserve(*who, mine, prompt_tokens + max_tokens)
+            yield
         except RateLimited as refusal:
             self.metrics.refused(refusal)
             raise
         finally:
-            record.headers |= self._limits.headers(*who, mine)
-        return Grant(self, principal.user_id, reservation, prompt_tokens, model)
+            request_record.current().headers |= self._limits.headers(*who, limits)
 
 
 class Grant:
     """Leave to generate the answers to one request; a context manager that closes it."""
 
-    def __init__(self, admission: Admission, user_id: str, reservation: Reservation, prompt_tokens: int, model: str):
+    def __init__(self, admission: Admission, user_id: str, reservation: Reservation, model: str):
         self._admission = admission
         self._user_id = user_id
         self._reservation = reservation
-        self._prompt_tokens = prompt_tokens
         self._model = model
         self._arrived = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + admission.settings.request_timeout_seconds
         self._record = request_record.current()
         self._complete: set[str] = set()
-        self._begun = self._closed = False
+        # Tokens of the prompts that had a place, by the identity of the prompt: its choices share one tuple.
+        self._begun: dict[int, int] = {}
+        self._waiting: set[asyncio.Timeout] = set()
+        self._closed = False
         self.generated = 0
 
     def __enter__(self) -> Self:
@@ -85,7 +104,7 @@ class Grant:
             return
         self._closed = True
         if self._begun:
-            self._reservation.settle(self._prompt_tokens + self.generated)
+            self._reservation.settle(sum(self._begun.values()) + self.generated)
         else:
             self._reservation.undo()
         self._record.fields["completion_tokens"] = self.generated
@@ -100,7 +119,7 @@ class Grant:
         Raises Overloaded and QueueTimeout; ends with ``request_timeout`` when the deadline passes.
         """
         settings, metrics, queue = self._admission.settings, self._admission.metrics, self._admission.queue
-        await self._enter(len(request.prompt))
+        await self._enter(request.prompt)
         measured = metrics.answer(self._model, self._arrived, len(request.prompt))
         end: Finished | Failed | None = None
         totals: Shares | None = None
@@ -117,6 +136,9 @@ class Grant:
                     else:
                         end = event
                     yield event if request.attribution else _without_shares(event)
+        except Exception as error:
+            end = Failed(getattr(error, "code", "internal_error"), str(error))
+            raise
         finally:
             queue.leave(self._user_id)
             reason = "stop" if request.request_id in self._complete else "abort"
@@ -128,16 +150,20 @@ class Grant:
             if measured.first_token_ms is not None:
                 self._record.fields.setdefault("first_token_ms", measured.first_token_ms)
 
-    async def _enter(self, prompt_tokens: int) -> None:
-        left = self._deadline - asyncio.get_running_loop().time()
-        patience = max(0.0, min(self._admission.settings.queue_timeout_seconds, left))
+    async def _enter(self, prompt: tuple[int, ...]) -> None:
+        """Once one answer has begun, the others wait as long as the request may take, however full it is."""
+        left = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        patience = left if self._begun else min(self._admission.settings.queue_timeout_seconds, left)
         try:
-            await self._admission.queue.enter(self._user_id, prompt_tokens, patience)
+            await self._admission.queue.enter(self._user_id, len(prompt), patience, self._waiting)
         except Refused as refusal:
             self._admission.metrics.refused(refusal)
             self._record.fields["reason"] = refusal.code
             raise
-        self._begun = True
+        self._begun[id(prompt)] = len(prompt)
+        for other in self._waiting:
+            if not other.expired():
+                other.reschedule(self._deadline)
         waited = time.perf_counter() - self._arrived
         self._record.fields.setdefault("queue_ms", round(1000 * waited, 1))
         self._admission.metrics.admitted(self._model, waited)

@@ -55,11 +55,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
 ) -> None:
     """Run the gateway until it is interrupted."""
-    from inference_gateway.settings import load_settings, require_complete
+    from inference_gateway.settings import load_settings, require_complete, require_tls
 
     overrides = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     settings = load_settings(directory, **overrides)
     require_complete(settings)
+    require_tls(settings)
 
     # Only now: torch takes seconds to import, and a wrong setting should not.
     from inference_gateway.serving import run

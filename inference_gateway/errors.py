@@ -15,6 +15,18 @@ class SettingsInvalid(GatewayError):
     code = "settings_invalid"
 
 
+class InsecureListen(GatewayError):
+    """API keys would cross a network in the clear; the gateway does not start."""
+
+    code = "tls_required"
+
+
+class StartFailed(GatewayError):
+    """Something unforeseen kept the gateway from starting."""
+
+    code = "start_failed"
+
+
 class EngineIncompatible(GatewayError):
     """The installed transformers, or the base model, is not one that this gateway can drive."""
 

@@ -48,21 +48,33 @@ class FairQueue:
         """Requests that wait."""
         return sum(len(line) for line in self._lines.values())
 
-    async def enter(self, user_id: str, tokens: int, timeout: float) -> None:
-        """Wait for a place. ``tokens``: what the user is charged on getting it. Raises Overloaded and QueueTimeout."""
+    async def enter(
+        self, user_id: str, tokens: int, timeout: float, waiting: set[asyncio.Timeout] | None = None
+    ) -> None:
+        """Wait for a place. ``tokens``: what the user is charged on getting it. Raises Overloaded and QueueTimeout.
+
+        ``waiting`` holds the timeout as long as it runs, for whoever may move it.
+        """
+        waiting = set() if waiting is None else waiting
+        began = asyncio.get_running_loop().time()
         waiter = self._line_up(user_id, tokens)
         self._hand_out()
         if not waiter.admitted.done():
             self._check_room(waiter)
+        patience = asyncio.timeout_at(began + timeout)
         try:
-            async with asyncio.timeout(timeout):
+            async with patience:
+                waiting.add(patience)
                 await waiter.admitted
         except TimeoutError:
             self._withdraw(waiter)
-            raise QueueTimeout(f"no place became free within {timeout:g} s; try again later") from None
+            seconds = round((patience.when() or began) - began, 3)
+            raise QueueTimeout(f"no place became free within {seconds:g} s; try again later") from None
         except BaseException:
             self._withdraw(waiter)
             raise
+        finally:
+            waiting.discard(patience)
 
     def leave(self, user_id: str) -> None:
         """Give a place back."""
@@ -87,9 +99,7 @@ class FairQueue:
 
     def _hand_out(self) -> None:
         while self._lines and self._free:
-            user_id = min(
-                self._lines, key=lambda one: (self._served[one], self._held[one], self._lines[one][0].arrival)
-            )
+            user_id = min(self._lines, key=self._turn)
             waiter = self._lines[user_id][0]
             if waiter.admitted.done():  # it was cancelled and has not noticed yet
                 self._step_out(waiter)

@@ -32,6 +32,7 @@ class Charge:
     at: int
     day: date
     tokens: int
+    answers: int
 
 
 class Ledger:
@@ -56,12 +57,12 @@ class Ledger:
 
     def take(self, charge: Charge) -> None:
         self.recent.append(charge)
-        self.open += 1
+        self.open += charge.answers
         self.day_tokens += charge.tokens
 
     def settle(self, charge: Charge, tokens: int) -> None:
         """The request is over and has used ``tokens``."""
-        self.open -= 1
+        self.open -= charge.answers
         self._correct(charge, tokens)
 
     def undo(self, charge: Charge) -> None:
@@ -125,17 +126,23 @@ class RateLimits:
         self._utc_now = utc_now
         self._ledgers: dict[str, Ledger] = {}
 
-    def reserve(self, user_id: str, key_id: str, limits: tuple[Limits, Limits], tokens: int) -> Reservation:
-        """Admit a request that may use ``tokens`` under the user's and the key's limits, both or neither.
+    def check(self, user_id: str, key_id: str, limits: tuple[Limits, Limits], answers: int = 1) -> None:
+        """Whether ``reserve`` would refuse a request whatever its tokens. Charges nothing. Raises RateLimited."""
+        now, utc = self._clock(), self._utc_now()
+        _require_room(self._holders(user_id, key_id, limits, now, utc), now, utc, 0, answers)
 
-        Raises RateLimited for the limit that takes longest to have room.
+    def reserve(
+        self, user_id: str, key_id: str, limits: tuple[Limits, Limits], tokens: int, answers: int = 1
+    ) -> Reservation:
+        """Admit a request for ``answers`` that may use ``tokens`` under the user's and the key's limits, both or none.
+
+        Each answer counts as one of the requests at once. Raises RateLimited for the limit that takes longest to have
+        room.
         """
         now, utc = self._clock(), self._utc_now()
         holders = self._holders(user_id, key_id, limits, now, utc)
-        excess = [one for holder in holders for one in _excess(holder, now, utc, tokens)]
-        if excess:
-            raise _refusal(excess, tokens)
-        charges = tuple(Charge(now, utc.date(), tokens) for _ in holders)
+        _require_room(holders, now, utc, tokens, answers)
+        charges = tuple(Charge(now, utc.date(), tokens, answers) for _ in holders)
         for holder, charge in zip(holders, charges, strict=True):
             holder.ledger.take(charge)
         return Reservation(holders, charges)
@@ -186,14 +193,21 @@ def duration(nanoseconds: int) -> str:
     return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
 
 
-def _excess(holder: Holder, now: int, utc: datetime, tokens: int) -> Iterable[Excess]:
+def _require_room(holders: tuple[Holder, ...], now: int, utc: datetime, tokens: int, answers: int) -> None:
+    excess = [one for holder in holders for one in _excess(holder, now, utc, tokens, answers)]
+    if excess:
+        raise _refusal(excess, tokens, answers)
+
+
+def _excess(holder: Holder, now: int, utc: datetime, tokens: int, answers: int) -> Iterable[Excess]:
     limits, ledger = holder.limits, holder.ledger
 
     def excess(name: str, wait: int | None) -> Excess:
         return Excess(holder.whose, name, getattr(limits, name), wait)
 
-    if limits.concurrent_requests is not None and ledger.open >= limits.concurrent_requests:
-        yield excess("concurrent_requests", SECOND)  # nobody knows when one of them ends
+    if limits.concurrent_requests is not None and ledger.open + answers > limits.concurrent_requests:
+        # Nobody knows when one of them ends.
+        yield excess("concurrent_requests", None if answers > limits.concurrent_requests else SECOND)
     if limits.requests_per_minute is not None and len(ledger.recent) >= limits.requests_per_minute:
         last_to_leave = ledger.recent[len(ledger.recent) - limits.requests_per_minute]
         yield excess("requests_per_minute", last_to_leave.at + MINUTE - now)
@@ -221,9 +235,16 @@ def _wait_for_tokens(ledger: Ledger, limit: int, now: int, tokens: int) -> int |
     return wait
 
 
-def _refusal(excess: list[Excess], tokens: int) -> RateLimited:
+def _refusal(excess: list[Excess], tokens: int, answers: int) -> RateLimited:
     worst = max(excess, key=lambda one: float("inf") if one.wait is None else one.wait)
     limit = f"{worst.whose} limit of {worst.limit} {NAMED[worst.name]}"
+    if worst.wait is None and worst.name == "concurrent_requests":
+        return RateLimited(
+            f"this request asks for {answers} answers, more than {limit} will ever allow; lower n or "
+            "send fewer prompts",
+            worst.name,
+            None,
+        )
     if worst.wait is None:
         return RateLimited(
             f"this request may use {tokens} tokens with its answer, more than {limit} will ever allow; shorten the "

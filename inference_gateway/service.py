@@ -17,6 +17,7 @@ from inference_gateway.errors import (
     GatewayKeyNotInPlan,
     NotReady,
     SettingsInvalid,
+    StartFailed,
 )
 from inference_gateway.intake import Intake
 from inference_gateway.metrics import Metrics
@@ -114,15 +115,15 @@ class Service:
         return self._serving
 
     def problem(self) -> str | None:
-        """Why the gateway cannot serve now; None when it can."""
+        """Why the gateway cannot serve now, in words for everybody: the log has the particulars. None when it can."""
         if self.failure is not None:
-            return f"{self.failure.code}: {self.failure}"
+            return f"it could not start ({self.failure.code})"
         if self._serving is None:
             return f"it waits for {self.waiting_for}"
         if not self._serving.engine.info().alive:
             return "the engine's worker has stopped"
         if not self._serving.intake.status.settled:
-            return f"it waits for the active revisions ({self._serving.intake.status.last_error or 'loading'})"
+            return "it waits for the active revisions"
         return None
 
     async def _come_up(self) -> None:
@@ -137,8 +138,16 @@ class Service:
             )
         except SeqrError as error:
             log.error("the gateway cannot start: %s: %s", error.code, error)
-            self.failure = error
-            self.failed.set()
+            self._fail(error)
+        except Exception as error:
+            log.exception("the gateway cannot start")
+            self._fail(
+                StartFailed(f"the gateway cannot start because of an unexpected {type(error).__name__}: {error}")
+            )
+
+    def _fail(self, why: SeqrError) -> None:
+        self.failure = why
+        self.failed.set()
 
     async def _plan(self) -> Plan:
         """The current plan, verified. Waits for the coordinator; a plan that does not verify is an error at once."""
@@ -147,7 +156,6 @@ class Service:
             try:
                 return verify_plan(await self._client.plan(), self._coordinator_key)
             except (CoordinatorUnreachable, CoordinatorRefused) as error:
-                self.waiting_for = f"the coordinator's plan ({error})"
                 if told != str(error):
                     log.warning("the gateway waits: %s", error)
                 told = str(error)

@@ -6,11 +6,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
-from inference_gateway.errors import SettingsInvalid
+from inference_gateway.errors import InsecureListen, SettingsInvalid
 from policy.limits import Limits
 from seqr.settings import FileSettings, read_toml, wrong_fields
 
 CONFIG_NAME = "gateway.toml"
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # What `serve` cannot do without, and `init` need not know yet.
 REQUIRED = ("coordinator_url", "coordinator_public_key", "policy_database_url", "base_model")
 
@@ -58,6 +59,8 @@ class Settings(FileSettings):
     port: int = Field(default=8080, ge=0, le=65535)
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    # For a reverse proxy on the same network that speaks TLS to the outside.
+    allow_plain_http: bool = False
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     max_body_seconds: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.5, gt=0)
@@ -76,7 +79,7 @@ class Settings(FileSettings):
     max_batch_tokens: int = Field(default=256, ge=1)
     kv_tokens: int = Field(default=16_384, ge=64)
     max_model_length: int | None = Field(default=None, ge=1)
-    # Compute the beginning that prompts share once, among requests that may use the same silos (decision 14).
+    # Compute what prompts of one user begin with once, among requests that may use the same silos (decision 14).
     prefix_sharing: bool = False
     # Answers whose bits do not depend on what else is asked at the same time; slower, on CPUs only.
     deterministic: bool = False
@@ -142,4 +145,13 @@ def require_complete(settings: Settings) -> None:
     if not settings.signing_key_file.exists():
         raise SettingsInvalid(
             f"{settings.directory} holds no gateway; run `seqr gateway init --dir {settings.directory}`"
+        )
+
+
+def require_tls(settings: Settings) -> None:
+    """Raises InsecureListen where API keys would cross a network in the clear."""
+    if settings.ssl_certfile is None and settings.host not in LOOPBACK and not settings.allow_plain_http:
+        raise InsecureListen(
+            f"listening on {settings.host} without TLS would send API keys in the clear; set ssl_certfile and "
+            "ssl_keyfile (`seqr coordinator certs` makes a pair), or allow_plain_http behind a TLS proxy"
         )

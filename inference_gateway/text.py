@@ -65,7 +65,7 @@ class TextStream:
         if found:
             self.stopped = True
             return self._cut(min(found))
-        keep = 0 if final else max((_overlap(text, word) for word in self._stop), default=0)
+        keep = 0 if final else max((beginning(text, word) for word in self._stop), default=0)
         sure, count, length = len(text) - keep, 0, 0
         while count < len(self._held) and length + len(self._held[count]) <= sure:
             length += len(self._held[count])
@@ -85,6 +85,6 @@ class TextStream:
         return pieces
 
 
-def _overlap(text: str, word: str) -> int:
-    """The length of the longest end of ``text`` with which ``word`` begins."""
+def beginning(text: str, word: str) -> int:
+    """The length of the longest end of ``text`` with which ``word`` begins, short of all of it."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

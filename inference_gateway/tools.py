@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from inference_gateway.json_rules import json_part
+from inference_gateway.text import beginning
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 # The JSON Schemas of functions' arguments, by name.
@@ -98,7 +99,7 @@ class TaggedReader:
                 out = self._between(out)
                 self.calls.append(call)
                 self._after_call = True
-        sure = len(self._held) - _beginning(self._held, TaggedCalls.BEGIN)
+        sure = len(self._held) - beginning(self._held, TaggedCalls.BEGIN)
         out, self._held = out + self._held[:sure], self._held[sure:]
         return self._between(out)
 
@@ -188,11 +189,6 @@ def _lifted(call: dict[str, Any], arguments: str) -> dict[str, Any]:
     schema = dict(call["properties"][arguments])
     moved = {key: schema.pop(key) for key in ("$defs", "definitions") if key in schema}
     return {**call, "properties": {**call["properties"], arguments: schema}, **moved}
-
-
-def _beginning(text: str, word: str) -> int:
-    """The length of the longest end of ``text`` with which ``word`` begins, short of all of it."""
-    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
 def _objects(text: str) -> Sequence[str]:

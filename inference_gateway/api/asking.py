@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastapi.concurrency import run_in_threadpool
@@ -11,9 +11,11 @@ from inference_gateway.api.errors import ContextLengthExceeded, InvalidValue, Si
 from inference_gateway.api.models import SILO_PREFIX, not_found
 from inference_gateway.api.prompting import check_tokens
 from inference_gateway.api.schema import GenerationBody
-from inference_gateway.engine.base import GenerationRequest, Sampling
+from inference_gateway.engine.base import AdapterKey, GenerationRequest, Sampling
 from inference_gateway.service import Service, Serving
+from inference_gateway.settings import Settings
 from policy.decision import Decision
+from policy.keys import Principal
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Wanted:
 class Asked:
     """One admitted body. ``silos`` are those that may shape the answers, all permitted and resident.
 
-    ``requests``: one for each choice; the choices of one prompt follow each other.
+    ``requests``: one for each choice; the choices of one prompt follow each other and share its tuple.
     """
 
     serving: Serving
@@ -49,36 +51,64 @@ class Asked:
         return self.serving.library_version(self.request.adapters)
 
 
-async def prepare(service: Service, user_id: str, body: GenerationBody, want: Callable[[Serving], Wanted]) -> Asked:
-    """Raises NotReady, ModelNotFound, SiloUnavailable, ContextLengthExceeded, InvalidValue, whatever
+async def prepare(
+    service: Service, caller: Principal, body: GenerationBody, want: Callable[[Serving], Wanted]
+) -> Asked:
+    """Raises NotReady, RateLimited, ModelNotFound, SiloUnavailable, ContextLengthExceeded, InvalidValue, whatever
     ``want`` raises, or a PolicyError when the policy cannot be read.
     """
-    serving = service.serving
-    decision = await run_in_threadpool(service.permissions.decide, user_id)
-    silos = _narrow(serving, decision, body)
-    resident = serving.resident()
+    serving, settings = service.serving, service.settings
+    service.admission.check(caller, await run_in_threadpool(service.permissions.limits, caller), body.choices)
+    decision = await run_in_threadpool(service.permissions.decide, caller.user_id)
+    info = serving.engine.info()
+    longest, resident = info.max_model_length, {key.silo_id: key for key in info.adapters}
+    silos = _narrow(serving, decision, body, resident)
     usable = tuple(silo for silo in silos if silo in resident)
     wanted = await run_in_threadpool(want, serving)
+    _check_count(settings, len(wanted.prompts), body.choices, wanted.param)
     sampling = replace(_sampling(serving, body), grammar=wanted.grammar)
-    requests = [
-        GenerationRequest(
-            request_id=uuid.uuid4().hex,
-            prompt=tuple(prompt),
-            max_tokens=_room(serving, len(prompt), body.token_limit, service.settings.default_max_tokens, wanted.param),
+    requests: list[GenerationRequest] = []
+    for tokens in wanted.prompts:
+        _check_length(settings, len(tokens), wanted.param)
+        one = GenerationRequest(
+            request_id="",
+            prompt=tuple(tokens),
+            max_tokens=_room(longest, len(tokens), body.token_limit, settings.default_max_tokens, wanted.param),
             adapters=frozenset(resident[silo] for silo in usable),
             mode=body.seqr.routing or serving.plan.routing,
-            sampling=replace(sampling, seed=_derived(body.seed, choice)),
             attribution=body.seqr.attribution,
-            frame=serving.frame.of(prompt),
-            cache_salt=user_id,
+            frame=serving.frame.of(tokens),
+            cache_salt=caller.user_id,
         )
-        for choice, prompt in enumerate(prompt for prompt in wanted.prompts for _ in range(body.choices))
-    ]
-    prompt_tokens = sum(len(prompt) for prompt in wanted.prompts)
+        for _ in range(body.choices):
+            seed = _derived(body.seed, len(requests))
+            requests.append(replace(one, request_id=uuid.uuid4().hex, sampling=replace(sampling, seed=seed)))
+    prompt_tokens = sum(len(tokens) for tokens in wanted.prompts)
     return Asked(serving, decision, usable, tuple(requests), prompt_tokens, body.model)
 
 
-def _narrow(serving: Serving, decision: Decision, body: GenerationBody) -> tuple[str, ...]:
+def _check_count(settings: Settings, prompts: int, choices: int, param: str) -> None:
+    """Raises InvalidValue for more answers than can ever run and wait here together."""
+    possible = settings.max_concurrent + settings.max_waiting
+    if prompts * choices > possible:
+        raise InvalidValue(
+            f"{prompts * choices} answers ({prompts} from {param}, n = {choices}) are more than the {possible} that "
+            "this gateway can take from one request; lower n or send fewer prompts",
+            "n" if choices > 1 else param,
+        )
+
+
+def _check_length(settings: Settings, tokens: int, param: str) -> None:
+    allowed = settings.max_prompt_tokens
+    if allowed is not None and tokens > allowed:
+        raise ContextLengthExceeded(
+            f"the prompt has {tokens} tokens, this gateway takes at most {allowed}; shorten it", param
+        )
+
+
+def _narrow(
+    serving: Serving, decision: Decision, body: GenerationBody, resident: Mapping[str, AdapterKey]
+) -> tuple[str, ...]:
     """The permitted silos that the request wants. What is not permitted is looked up nowhere: it is not there."""
     permitted = decision.silos
     named: list[tuple[str, str]] = []
@@ -88,7 +118,6 @@ def _narrow(serving: Serving, decision: Decision, body: GenerationBody) -> tuple
         raise not_found(body.model)
     wanted = None if body.seqr.silos is None else set(body.seqr.silos)
     named += [(SILO_PREFIX + silo, silo) for silo in sorted(wanted or ())]
-    resident = serving.resident()
     for name, silo in named:
         if silo not in permitted:
             raise not_found(name)
@@ -134,9 +163,8 @@ def _derived(seed: int | None, choice: int) -> int | None:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def _room(serving: Serving, prompt: int, wanted: int | None, default: int, param: str) -> int:
-    """How many tokens the answer may have. Raises ContextLengthExceeded."""
-    longest = serving.engine.info().max_model_length
+def _room(longest: int, prompt: int, wanted: int | None, default: int, param: str) -> int:
+    """How many tokens the answer may have in a context of ``longest``. Raises ContextLengthExceeded."""
     if prompt >= longest:
         raise ContextLengthExceeded(
             f"the prompt has {prompt} tokens, the model's context holds {longest} with the answer; shorten it", param

@@ -29,7 +29,7 @@ async def chat_completions(request: Request, service: ServiceDep, caller: Caller
     def want(serving: Serving) -> Wanted:
         return Wanted([chat_prompt(serving, chat)], "messages", answer_grammar(serving, chat))
 
-    asked = await prepare(service, caller.user_id, chat, want)
+    asked = await prepare(service, caller, chat, want)
     return await answered(request, service, caller, asked, chat, ChatFormat(asked, chat))
 
 

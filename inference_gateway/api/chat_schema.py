@@ -43,7 +43,7 @@ class ToolCallMade(Strict):
 
 
 class Message(Strict):
-    """One turn of the conversation."""
+    """One turn of the conversation. Whether the model reads ``name`` is up to its chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -64,7 +64,7 @@ class Message(Strict):
             ]
         if self.tool_call_id is not None:
             turn["tool_call_id"] = self.tool_call_id
-        if self.name is not None and self.role == "tool":
+        if self.name is not None:
             turn["name"] = self.name
         return turn
 

@@ -27,7 +27,7 @@ async def completions(request: Request, service: ServiceDep, caller: Caller, bod
     def want(serving: Serving) -> Wanted:
         return Wanted([text_prompt(serving, prompt) for prompt in body.prompts], "prompt")
 
-    asked = await prepare(service, caller.user_id, body, want)
+    asked = await prepare(service, caller, body, want)
     return await answered(request, service, caller, asked, body, CompletionFormat(asked, body))
 
 

@@ -31,13 +31,7 @@ async def tokenize(service: ServiceDep, caller: Caller, body: TokenizeBody) -> d
     """The tokens of a prompt, or of messages under the model's chat template."""
     serving = service.serving
     await check_model(service, caller, body.model)
-    ids = await run_in_threadpool(_ids, serving, body)
-    return {
-        "count": len(ids),
-        "max_model_len": serving.engine.info().max_model_length,
-        "tokens": list(ids),
-        "token_strs": serving.tokenizer.convert_ids_to_tokens(list(ids)) if body.return_token_strs else None,
-    }
+    return await run_in_threadpool(_tokens, serving, body)
 
 
 @router.post("/detokenize")
@@ -45,8 +39,22 @@ async def detokenize(service: ServiceDep, caller: Caller, body: DetokenizeBody) 
     """The text of tokens."""
     serving = service.serving
     await check_model(service, caller, body.model)
+    return await run_in_threadpool(_text, serving, body)
+
+
+def _tokens(serving: Serving, body: TokenizePrompt | TokenizeMessages) -> dict[str, Any]:
+    ids = list(_ids(serving, body))
+    return {
+        "count": len(ids),
+        "max_model_len": serving.engine.info().max_model_length,
+        "tokens": ids,
+        "token_strs": serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
+    }
+
+
+def _text(serving: Serving, body: DetokenizeRequest) -> dict[str, Any]:
     check_tokens(serving, body.tokens, "tokens")
-    return {"prompt": await run_in_threadpool(serving.tokenizer.decode, body.tokens)}
+    return {"prompt": serving.tokenizer.decode(body.tokens)}
 
 
 def _ids(serving: Serving, body: TokenizePrompt | TokenizeMessages) -> Sequence[int]:

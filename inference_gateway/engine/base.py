@@ -139,11 +139,9 @@ class EngineInfo:
 
     ``kv_blocks_used``: blocks that running requests hold, without those kept for their prefix alone. ``prefix_queries``
     and ``prefix_hits``: prompt tokens looked up and found. ``preemptions``: requests that a full cache made start
-    again. ``step_seconds``: spent in ``steps`` forward passes with the drawing of tokens, and ``last_step_seconds`` in
-    the last.
+    again. ``step_seconds``: spent in ``steps`` forward passes with the drawing of tokens.
     """
 
-    name: str
     max_model_length: int
     max_concurrent: int
     running: int
@@ -161,7 +159,6 @@ class EngineInfo:
     prefix_hits: int = 0
     preemptions: int = 0
     step_seconds: float = 0.0
-    last_step_seconds: float = 0.0
 
 
 class StepGuard(Protocol):

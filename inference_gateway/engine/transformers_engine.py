@@ -82,7 +82,7 @@ class TransformersEngine:
         self._step: StepContext | None = None
         self._batch: Batch | None = None
         self._parts: list[Part] = []
-        self._began = self._step_seconds = self._last_step_seconds = 0.0
+        self._began = self._step_seconds = 0.0
         self._prefix_queries = self._prefix_hits = self._preemptions = 0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._edge = BatchingEdge(
@@ -107,7 +107,6 @@ class TransformersEngine:
     def info(self) -> EngineInfo:
         blocks, used = self._edge.kv_blocks()
         return EngineInfo(
-            name="transformers",
             max_model_length=self._max_length,
             max_concurrent=self._limits.max_concurrent,
             running=len(self._sequences),
@@ -125,7 +124,6 @@ class TransformersEngine:
             prefix_hits=self._prefix_hits,
             preemptions=self._preemptions,
             step_seconds=self._step_seconds,
-            last_step_seconds=self._last_step_seconds,
         )
 
     # Adapters
@@ -156,18 +154,21 @@ class TransformersEngine:
     ) -> int:
         with self._changing:
             library = change(self._library)
-            with self._edge.paused(), self._membership:
-                before, self._keys = self._keys, frozenset(keys_after(self._keys))
-                self._retiring &= self._keys
-                self._library = library
-                self._rows = PermissionRows(library)
-                self._evidence.remap(library.columns, library.width)
-                for sequence in self._sequences:
-                    if not sequence.request.adapters <= self._keys:
-                        self._sequences.end(sequence.request_id, REPLACED)
-                        self._edge.drop(sequence.pass_id)
+            with self._edge.paused():
+                with self._membership:
+                    before, self._keys = self._keys, frozenset(keys_after(self._keys))
+                    self._retiring &= self._keys
+                    self._library = library
+                    self._rows = PermissionRows(library)
+                    self._evidence.remap(library.columns, library.width)
+                    for sequence in self._sequences:
+                        if not sequence.request.adapters <= self._keys:
+                            self._sequences.end(sequence.request_id, REPLACED)
+                            self._edge.drop(sequence.pass_id)
+                    gone = before - self._keys
+                # New requests may come in from here on; the worker is still held.
                 self._edge.forget_prefixes()
-                if before - self._keys:
+                if gone:
                     # What an adapter has left in the cache goes with it.
                     self._edge.wipe_cache([sequence.pass_id for sequence in self._sequences])
         return library.version
@@ -339,8 +340,7 @@ class TransformersEngine:
             return
         step.finish()
         self._steps += 1
-        self._last_step_seconds = time.perf_counter() - self._began
-        self._step_seconds += self._last_step_seconds
+        self._step_seconds += time.perf_counter() - self._began
         attribute(parts, step, len(self._plan.modules))
 
     def failed(self, error: Exception) -> None:

@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inference_gateway.admission import Admission, Grant
 from inference_gateway.engine.base import Event, Failed, Finished, GenerationRequest, Shares, Tokens, TokenShares
-from inference_gateway.errors import Overloaded, QueueTimeout, RateLimited
+from inference_gateway.errors import EngineStopped, Overloaded, QueueTimeout, RateLimited
 from inference_gateway.metrics import Metrics
 from inference_gateway.settings import DefaultLimits, Settings, SubjectLimits
 from policy.keys import Principal
@@ -45,9 +46,14 @@ class ScriptedEngine:
             self.closed.append(request.request_id)
 
 
+@cache
+def prompt_of(tokens: int) -> tuple[int, ...]:
+    return tuple(range(tokens))  # one tuple for all choices of a prompt
+
+
 def request(request_id: str = "r1", prompt: int = 4, max_tokens: int = 10, attribution: bool = False) -> Any:
     return GenerationRequest(
-        request_id, tuple(range(prompt)), max_tokens, frozenset(), "per_token", attribution=attribution
+        request_id, prompt_of(prompt), max_tokens, frozenset(), "per_token", attribution=attribution
     )
 
 
@@ -222,6 +228,84 @@ def test_the_answers_of_one_request_take_a_place_each_and_are_charged_together()
         admit(admission, limits=limits, max_tokens=50 - 4 - 13).close()  # 4 + 9 of 50 are used
         with pytest.raises(RateLimited):
             admit(admission, limits=limits, max_tokens=50 - 4 - 12)
+
+    run(session)
+
+
+class SlowEngine(ScriptedEngine):
+    """Ends every answer after ``seconds``."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self._seconds = seconds
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+        await asyncio.sleep(self._seconds)
+        yield Finished("stop")
+
+
+def test_answers_of_one_request_do_not_time_out_behind_each_other() -> None:
+    async def session() -> None:
+        admission = door(max_concurrent=1, queue_timeout_seconds=0.05)
+        with admit(admission) as grant:
+            ends = await asyncio.gather(*(read(grant, SlowEngine(0.1), request(f"r{number}")) for number in range(3)))
+        assert ends == [[Finished("stop")]] * 3
+
+    run(session)
+
+
+def test_answers_that_wait_already_are_patient_once_one_of_their_request_has_begun() -> None:
+    async def session() -> None:
+        admission = door(max_concurrent=1, queue_timeout_seconds=0.2)
+        with admit(admission, BOB) as other, admit(admission) as grant:
+            async with aclosing(other.generate(ScriptedEngine(Tokens((1,)), None), request("held"))) as events:
+                await anext(events)
+                waiting = [asyncio.create_task(read(grant, SlowEngine(0.4), request(name))) for name in ("r1", "r2")]
+                await asyncio.sleep(0)
+                assert admission.queue.waiting == 2
+            assert await asyncio.gather(*waiting) == [[Finished("stop")]] * 2
+
+    run(session)
+
+
+def test_only_the_prompts_that_had_a_place_are_charged() -> None:
+    async def session() -> None:
+        admission = door(max_concurrent=1, max_waiting=0)
+        limits = (Limits(tokens_per_day=100), Limits())
+        engine = ScriptedEngine(Tokens((1,)), Finished("stop"))
+        with admit(admission, limits=limits, prompt_tokens=4 + 60, max_tokens=20) as grant:
+            async with aclosing(grant.generate(engine, request("begins"))) as events:
+                await anext(events)
+                with pytest.raises(Overloaded):
+                    await read(grant, engine, request("refused", prompt=60))
+                async for _ in events:
+                    pass
+        admit(admission, limits=limits, prompt_tokens=95, max_tokens=0).close()  # 4 + 1 of 100 are used
+        with pytest.raises(RateLimited):
+            admit(admission, limits=limits, prompt_tokens=96, max_tokens=0)
+
+    run(session)
+
+
+def test_an_engine_that_raises_counts_as_failed_and_not_as_left_by_the_client() -> None:
+    async def session() -> None:
+        admission = door()
+
+        class Breaks(ScriptedEngine):
+            def __init__(self, error: Exception):
+                super().__init__()
+                self._error = error
+
+            async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+                yield Tokens((1,))
+                raise self._error
+
+        for error, code in ((EngineStopped("gone"), "engine_stopped"), (ValueError("?"), "internal_error")):
+            with admit(admission) as grant, pytest.raises(type(error)):
+                await read(grant, Breaks(error), request())
+            assert value(admission, "seqr_answers_failed_total", code=code) == 1
+        assert value(admission, "vllm:request_success_total") is None
+        assert admission.queue.running == 0
 
     run(session)
 

@@ -1,6 +1,7 @@
 """Swaps, revocations, cancellation and slots, with requests running."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,35 @@ def test_a_retiring_adapter_takes_no_new_request_and_leaves_after_the_last(
 
     late, end, adapters = serve(model_dir, plan, use, [alpha])
     assert isinstance(late, Failed) and isinstance(end, Finished) and adapters == ()
+
+
+def test_a_request_comes_in_while_a_revoked_adapter_is_wiped_from_the_cache(
+    model_dir: Path, plan: Plan, alpha: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wiping, came_in = threading.Event(), threading.Event()
+
+    async def use(engine: TransformersEngine) -> Any:
+        wipe = engine._edge.wipe_cache
+
+        def slow(keep: list[str]) -> None:
+            wiping.set()
+            came_in.wait(10)
+            wipe(keep)
+
+        monkeypatch.setattr(engine._edge, "wipe_cache", slow)
+        revoking = asyncio.create_task(engine.revoke(alpha.key))
+        await asyncio.to_thread(wiping.wait, 10)
+        asking = asyncio.create_task(ask(engine, "meanwhile", prompts(1)[0], []))
+        while not engine.info().running and not revoking.done():
+            await asyncio.sleep(0.001)
+        meanwhile = not revoking.done() and engine.info().running == 1
+        came_in.set()
+        await revoking
+        return meanwhile, await asking
+
+    meanwhile, answer = serve(model_dir, plan, use, [alpha])
+    assert meanwhile
+    assert answer.tokens == Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], [], "prompt_evidence")
 
 
 def test_no_token_follows_a_withdrawal(model_dir: Path, plan: Plan, alpha: Resident) -> None:

@@ -44,6 +44,32 @@ def refusal(limits: RateLimits, user: Limits, key: Limits = NOTHING, tokens: int
     return refused.value
 
 
+def test_every_answer_of_a_request_counts_as_one_at_once(clock: FakeClock) -> None:
+    limits, five = clock.limits(), (Limits(concurrent_requests=5), NOTHING)
+    held = limits.reserve("alice", "key", five, 10, 3)
+    with pytest.raises(RateLimited, match="your limit of 5 requests at once is reached; try again in 1 s"):
+        limits.reserve("alice", "key", five, 10, 3)
+    limits.reserve("alice", "key", five, 10, 2).settle(4)
+    held.settle(10)
+    limits.reserve("alice", "key", five, 10, 5).undo()
+    with pytest.raises(RateLimited) as refused:
+        limits.reserve("alice", "key", five, 10, 6)
+    assert refused.value.retry_after is None
+    assert str(refused.value) == (
+        "this request asks for 6 answers, more than your limit of 5 requests at once will ever allow; lower n or "
+        "send fewer prompts"
+    )
+
+
+def test_a_check_refuses_what_is_reached_and_charges_nothing(clock: FakeClock) -> None:
+    limits, both = clock.limits(), (Limits(requests_per_minute=1, tokens_per_minute=10), NOTHING)
+    for _ in range(3):
+        limits.check("alice", "key", both)
+    limits.reserve("alice", "key", both, 10).settle(10)
+    with pytest.raises(RateLimited, match="your limit of 1 requests per minute is reached"):
+        limits.check("alice", "key", both)
+
+
 def test_a_limit_of_k_requests_per_minute_admits_k_in_any_60_seconds(clock: FakeClock) -> None:
     limits, three = clock.limits(), Limits(requests_per_minute=3)
     for _ in range(3):

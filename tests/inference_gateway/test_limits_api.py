@@ -124,6 +124,46 @@ def test_a_stream_is_limited_before_it_begins_and_settled_when_it_ends(
         assert client.post(CHAT, json=BODY | {"max_tokens": 200}).status_code == 200
 
 
+def test_a_limit_that_is_reached_is_told_before_any_work_on_the_body(own: Running, limited: Callable[..., str]) -> None:
+    schema = {"name": "x", "schema": {"type": "no such type"}}
+    costly = BODY | {"response_format": {"type": "json_schema", "json_schema": schema}}
+    with own.http(limited(Limits(requests_per_minute=1))) as client:
+        assert client.post(CHAT, json=costly).status_code == 400  # charged nothing
+        assert client.post(CHAT, json=BODY).status_code == 200
+        refused = client.post(CHAT, json=costly)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+def test_every_choice_counts_as_a_request_at_once(own: Running, limited: Callable[..., str]) -> None:
+    with own.http(limited(Limits(concurrent_requests=2))) as client:
+        assert client.post(CHAT, json=BODY | {"n": 2}).status_code == 200
+        refused = client.post(CHAT, json=BODY | {"n": 3})
+    assert refused.status_code == 429 and refused.headers["x-should-retry"] == "false"
+    assert refused.json()["error"]["message"].startswith(
+        "this request asks for 3 answers, more than your limit of 2 requests at once will ever allow"
+    )
+
+
+def test_more_answers_than_the_gateway_can_ever_hold_are_refused_by_name(
+    own: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = own.service.settings.model_copy(update={"max_concurrent": 2, "max_waiting": 1})
+    monkeypatch.setattr(own.service, "settings", small)
+    body = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 1}
+    with own.http("carol") as client:
+        both = client.post("/v1/completions", json=body | {"n": 2})
+        prompts = client.post("/v1/completions", json=body | {"prompt": ["a"] * 4})
+        assert client.post("/v1/completions", json=body | {"prompt": "a", "n": 3}).status_code == 200
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "n")
+    assert both.json()["error"]["code"] == "invalid_value"
+    assert both.json()["error"]["message"] == (
+        "4 answers (2 from prompt, n = 2) are more than the 3 that this gateway can take from one request; lower n or "
+        "send fewer prompts"
+    )
+    assert (prompts.status_code, prompts.json()["error"]["param"]) == (400, "prompt")
+
+
 def test_limits_set_by_the_policy_count_from_the_next_call(own: Running, limited: Callable[..., str]) -> None:
     user = limited()
     with own.http(user) as client:
@@ -138,6 +178,7 @@ def test_a_prompt_over_the_gateways_own_maximum_is_refused(own: Running) -> None
     body = BODY | {"messages": [{"role": "user", "content": "word " * 50}]}
     refused = own.http("alice").post(CHAT, json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert refused.json()["error"]["param"] == "messages"
     assert re.fullmatch(
         r"the prompt has \d+ tokens, this gateway takes at most 200; shorten it", refused.json()["error"]["message"]
     )

@@ -15,6 +15,7 @@ import uvicorn
 
 from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.service import Service
+from inference_gateway.settings import load_settings, require_tls
 from seqr.cli import main
 from seqr.keys import SealingKey, SigningKey
 from seqr.plan import GatewayKey, Plan, create_plan, sign_plan
@@ -195,12 +196,28 @@ def test_init_makes_private_keys_and_a_public_file_once(seqr: Command, tmp_path:
         ("request_timeout_seconds = 0", "request_timeout_seconds"),
         ("queue_timeout_seconds = -1", "queue_timeout_seconds"),
         ('log_format = "xml"', "log_format: Input should be 'text' or 'json'"),
+        ('allow_plain_http = "maybe"', "allow_plain_http"),
     ],
 )
 def test_settings_that_cannot_be_are_named_in_one_sentence(seqr: Command, tmp_path: Path, toml: str, said: str) -> None:
     (tmp_path / "gateway.toml").write_text(toml)
     status, _, err = seqr("serve", "--dir", str(tmp_path))
     assert status == 1 and err.startswith("error[settings_invalid]:") and said in err
+
+
+def test_plain_http_is_for_loopback_or_behind_a_proxy_only(
+    seqr: Command, make_world: Callable[[Path], World], tmp_path: Path
+) -> None:
+    world = make_world(tmp_path / "gateway")
+    write_toml(world, "https://c", host="10.0.0.1")
+    status, _, err = seqr("serve", "--dir", str(world.settings.directory))
+    assert status == 1 and err.startswith(
+        "error[tls_required]: listening on 10.0.0.1 without TLS would send API keys in the clear; set ssl_certfile and "
+        "ssl_keyfile (`seqr coordinator certs` makes a pair), or allow_plain_http behind a TLS proxy"
+    )
+    for allowed in ({"allow_plain_http": True}, {"ssl_certfile": "c", "ssl_keyfile": "k"}):
+        require_tls(load_settings(world.settings.directory, host="10.0.0.1", **allowed))
+    require_tls(load_settings(world.settings.directory, host="127.0.0.1"))
 
 
 def other_model(plan: Plan) -> Plan:
@@ -242,3 +259,33 @@ def test_a_plan_that_is_not_for_this_gateway_ends_it_by_name(
 
     failure = run(come_up()).failure
     assert failure is not None and failure.code == code
+
+
+def test_an_unforeseen_error_at_the_start_is_logged_and_ends_the_gateway(
+    make_world: Callable[[Path], World],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unforeseen(*_: Any) -> None:
+        raise RuntimeError("no memory left on the device")
+
+    monkeypatch.setattr("seqr.models.load_base_model", unforeseen)
+    world = make_world(tmp_path / "gateway")
+    client = CoordinatorClient("http://c", API_KEY, transport=httpx.ASGITransport(app=world.coordinator.app))
+
+    async def come_up() -> Service:
+        service = Service(world.settings, client)
+        service.start()
+        await service.failed.wait()
+        assert service.problem() == "it could not start (start_failed)"
+        await service.stop()
+        return service
+
+    failure = run(come_up()).failure
+    assert failure is not None and failure.code == "start_failed"
+    assert str(failure) == (
+        "the gateway cannot start because of an unexpected RuntimeError: no memory left on the device"
+    )
+    told = [record for record in caplog.records if record.message == "the gateway cannot start"]
+    assert len(told) == 1 and told[0].exc_info

@@ -131,6 +131,14 @@ def test_the_template_tells_how_a_model_calls() -> None:
     assert format_of("{{ tools }} <tool_call><function=f>") is None
 
 
+def test_the_name_in_a_message_reaches_templates_that_read_it(own: Running) -> None:
+    own.service.serving.tokenizer.chat_template = "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "name": "ann", "content": "hi"}]
+    tokens = own.http("alice").post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = own.http("alice").post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert text == "ann: hi"
+
+
 def test_tools_are_refused_by_name_where_the_template_does_not_know_them(own: Running) -> None:
     own.service.serving.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     called = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
