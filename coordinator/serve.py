@@ -9,7 +9,8 @@ from coordinator.core import open_coordinator
 from coordinator.errors import InsecureListen
 from coordinator.flower_nodes import FlowerNodes
 from coordinator.logs import configure_logging
-from coordinator.settings import LOOPBACK, Settings
+from coordinator.settings import Settings
+from seqr.settings import LOOPBACK
 from seqr.supervisor import follow_supervisor
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from coordinator.errors import SettingsInvalid, StateDirMissing
 from seqr.settings import FileSettings, read_toml, wrong_fields
 
 CONFIG_NAME = "coordinator.toml"
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class Settings(FileSettings):

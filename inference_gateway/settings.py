@@ -8,10 +8,9 @@ from pydantic_settings import SettingsConfigDict
 
 from inference_gateway.errors import InsecureListen, SettingsInvalid
 from policy.limits import Limits
-from seqr.settings import FileSettings, read_toml, wrong_fields
+from seqr.settings import LOOPBACK, FileSettings, read_toml, wrong_fields
 
 CONFIG_NAME = "gateway.toml"
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # What `serve` cannot do without, and `init` need not know yet.
 REQUIRED = ("coordinator_url", "coordinator_public_key", "policy_database_url", "base_model")
 

@@ -9,6 +9,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from seqr.errors import SeqrError
 
+# Where a server that sends secrets in the clear is heard by this machine alone.
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
 
 class FileSettings(BaseSettings):
     """Settings from a file, given as keyword arguments; an environment variable wins over the file, and nothing else

@@ -71,7 +71,7 @@ class Remote:
 
 
 def _is_loopback(url: str) -> bool:
-    from coordinator.settings import LOOPBACK
+    from seqr.settings import LOOPBACK
 
     return url.partition("://")[2].partition("/")[0].rpartition(":")[0].strip("[]") in LOOPBACK
 
