@@ -1,20 +1,17 @@
 """The report of ``seqr bench gateway``: one JSON file with every figure, one Markdown page to read."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from seqr.bench.report_files import write_report_files
 
 Report = dict[str, Any]
 
 
 def write_report(report: Report, out: Path) -> tuple[Path, Path]:
-    """Write gateway.json and gateway.md into ``out``, which is made if need be; returns both paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    data, page = out / "gateway.json", out / "gateway.md"
-    data.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    page.write_text(to_markdown(report), encoding="utf-8")
-    return data, page
+    """Write gateway.json and gateway.md into ``out``; returns both paths."""
+    return write_report_files("gateway", report, to_markdown(report), out)
 
 
 def to_markdown(report: Report) -> str:

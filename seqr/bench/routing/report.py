@@ -1,10 +1,10 @@
 """The report of ``seqr bench routing``: one JSON file with every figure, one Markdown page to read."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from seqr.bench.report_files import write_report_files
 from seqr.bench.routing.methods import METHODS
 
 BARS = (("arrow", 15.0), ("spectr", 150.0), ("paper", 1.8))
@@ -12,12 +12,8 @@ Report = dict[str, Any]
 
 
 def write_report(report: Report, out: Path) -> tuple[Path, Path]:
-    """Write routing.json and routing.md into ``out``, which is made if need be; returns both paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    data, page = out / "routing.json", out / "routing.md"
-    data.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    page.write_text(to_markdown(report), encoding="utf-8")
-    return data, page
+    """Write routing.json and routing.md into ``out``; returns both paths."""
+    return write_report_files("routing", report, to_markdown(report), out)
 
 
 def to_markdown(report: Report) -> str:
