@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,12 @@ class Service:
         try:
             plan = await self._plan()
             self.waiting_for = "the base model"
-            serving = await asyncio.to_thread(self._build, plan)
+            # In a thread that ends, and OpenMP's pool with it: the engine's is to be the only one (decision 16).
+            once = ThreadPoolExecutor(1, "gateway start")
+            try:
+                serving = await asyncio.get_running_loop().run_in_executor(once, self._build, plan)
+            finally:
+                once.shutdown(wait=False)
             await serving.engine.start()
             self._serving = serving
             self._tasks.append(
@@ -204,6 +210,7 @@ class Service:
             max_model_length=settings.max_model_length,
             prefix_sharing=settings.prefix_sharing,
             deterministic=settings.deterministic,
+            threads=torch.get_num_threads(),
         )
         eos, vocabulary = _eos(model, tokenizer), int(model.get_output_embeddings().weight.shape[0])
         grammars = Grammars(tokenizer, vocabulary, eos)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from seqr.adapter import Adapter, ModuleAdapter
@@ -84,6 +86,11 @@ class ModuleStack(Columns):
 
     b_t: tuple[torch.Tensor, ...]
     truth: Truth
+
+    @cached_property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Where each adapter's b_t lies in memory, int64 [N], for as long as this stack holds it."""
+        return np.array([part.data_ptr() for part in self.b_t], dtype=np.int64)
 
 
 class Library:

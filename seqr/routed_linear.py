@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +14,11 @@ from seqr.plan import Plan
 from seqr.routing.groups import Groups
 from seqr.routing.products import ROW_TILE, ExactFp32, project, row_product
 from seqr.step import BaseOnly, StepMismatch, get_context
+
+try:
+    from seqr.routing import compiled
+except ImportError:  # without Numba torch does the same in more calls
+    compiled = None  # type: ignore[assignment]
 
 
 class ModelMismatch(SeqrError):
@@ -52,8 +59,11 @@ class RoutedLinear(nn.Module):
             return y
         with ExactFp32(x.device.type):
             z = project(flat, self.a_t)[:tokens]
-            groups = step.grouped(step.choose(self.index, z))
-            add_adapters(y.view(tokens, -1), z, step.library.stacks[self.index].b_t, groups)
+            column, stack = step.choose(self.index, z), step.library.stacks[self.index]
+            if compiled is not None and x.device.type == "cpu":
+                add_rows(y.view(tokens, -1), z, stack.addresses, column)
+            else:
+                add_adapters(y.view(tokens, -1), z, stack.b_t, step.grouped(column))
         return y
 
 
@@ -80,6 +90,14 @@ def add_adapters(y: torch.Tensor, z: torch.Tensor, b_t: Sequence[torch.Tensor], 
         y.index_add_(0, groups.tokens, share)
     else:
         y.index_copy_(0, groups.tokens, (y.index_select(0, groups.tokens) + share).to(y.dtype))
+
+
+def add_rows(y: torch.Tensor, z: torch.Tensor, addresses: npt.NDArray[np.int64], column: torch.Tensor) -> None:
+    """As ``add_adapters``, on a CPU with Numba, token by token; addresses int64 [N] of the tensors b_t, column [T]."""
+    wide = y.to(torch.float32)  # y itself where it is fp32
+    compiled.add_rows(wide.numpy(), z.numpy(), addresses, column.numpy())
+    if wide is not y:
+        y.copy_(wide)
 
 
 def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> dict[str, RoutedLinear]:

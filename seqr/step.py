@@ -139,7 +139,7 @@ class StepContext:
             column = self._per_token(module, z)
         else:
             stack = self.library.stacks[module]
-            column = self._pass.route(module, scores(z, stack.gram, stack.offset), self.permitted)
+            column = self._pass.route_activations(module, z, stack, self._gate)
             if "per_token" in self._modes:
                 column = torch.where(self._gathers, column, self._per_token(module, z))
         if self._settled_column is None:

@@ -55,7 +55,9 @@ class BatchingEdge:
         page_size: int,
         prefix_sharing: bool = False,
         deterministic: bool = False,
+        threads: int | None = None,
     ):
+        """threads: see ``EngineLimits``."""
         check_version()
         kinds = set(cache.group_layers_by_attn_type(model.config.get_text_config()))
         if kinds != {"full_attention"}:
@@ -86,6 +88,7 @@ class BatchingEdge:
             ),
         )
         self._manager.edge = self
+        self.threads = threads
         self._manager.output_router = _Router(self._hand_over)
         self._manager.logit_processor.logits_processor.append(_Picker(self._pick))
         self._manager.logit_processor.do_processing = True
@@ -101,6 +104,9 @@ class BatchingEdge:
             if not thread.is_alive():
                 error = self._manager.background_thread_status.fatal_error
                 raise EngineStopped(f"the engine's worker did not start: {error}")
+        if self.threads is not None:
+            # The worker has its own number; this one is that of every thread which has not computed yet, and of this.
+            torch.set_num_threads(1)
 
     def stop(self) -> None:
         """End the worker; requests still running end without another token."""
@@ -259,6 +265,8 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         """Keep the attention that was set: the library would refuse a name it does not know."""
 
     def _create_batch_processor(self) -> Any:
+        if self.edge.threads is not None:
+            torch.set_num_threads(self.edge.threads)
         processor = super()._create_batch_processor()
         if processor.cache.use_prefix_sharing:
             self.edge._name_blocks(processor.cache)

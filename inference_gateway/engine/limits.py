@@ -9,7 +9,8 @@ class EngineLimits:
 
     ``kv_tokens``: tokens of KV cache, shared by all running requests. ``prefix_sharing``: prompts that begin alike are
     computed once for equal permitted sets and salts, see decision 14. ``deterministic``: an answer's bits do not depend
-    on what else is in the batch; slower, and for CPUs only (``engine.invariant``).
+    on what else is in the batch; slower, and for CPUs only (``engine.invariant``). ``threads``: the engine computes
+    with so many, and every other thread of the process with one (decision 16); None leaves torch's settings alone.
     """
 
     max_concurrent: int = 16
@@ -19,3 +20,4 @@ class EngineLimits:
     max_model_length: int | None = None
     prefix_sharing: bool = False
     deterministic: bool = False
+    threads: int | None = None

@@ -94,6 +94,7 @@ class TransformersEngine:
             page_size=limits.page_size,
             prefix_sharing=limits.prefix_sharing,
             deterministic=limits.deterministic,
+            threads=limits.threads,
         )
 
     async def start(self) -> None:

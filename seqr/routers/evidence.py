@@ -6,8 +6,8 @@ from seqr.routers.interface import Activation, Batch, Mixture, Router
 from seqr.routers.pool import AdapterPool
 from seqr.routers.seqr import SeqrRouter
 from seqr.routers.statistics import Statistics
-from seqr.routing.evidence import CLIP, GRID, EvidencePass, EvidenceState, Spans, recency
-from seqr.routing.scores import choose
+from seqr.routing.evidence import GRID, EvidencePass, EvidenceState, Spans, recency
+from seqr.routing.scores import CLIP, choose
 
 
 class EvidenceRouter(Router):

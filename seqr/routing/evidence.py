@@ -25,14 +25,23 @@ bits on every device.
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from seqr.errors import SeqrError
-from seqr.routing.scores import choose, constant, usable
+from seqr.routing.per_token import Columns as Adapters
+from seqr.routing.per_token import Gate
+from seqr.routing.scores import CLIP, choose, constant, scores, usable
 
-CLIP = 6.0
+try:
+    from seqr.routing import compiled
+except ImportError:  # without Numba torch does the same in more calls
+    compiled = None  # type: ignore[assignment]
+
 GRID = float(1 << 20)
 HALF_LIFE = 6  # words
 _FORGOTTEN = 180  # 2^-30 of a score of 6 is less than half a unit
@@ -181,7 +190,8 @@ class EvidencePass:
         weights = spans.weights.to(state.sums.device)
         grid = constant(GRID, torch.float32, state.sums.device)
         # A power of two times a weight is exact, so a score is rounded once, whatever its weight.
-        self._units = grid if bool((weights == 1.0).all()) else (weights * grid)[:, None]
+        self._unit_of = weights * grid
+        self._units = grid if bool((weights == 1.0).all()) else self._unit_of[:, None]
         self._value = state.sums.new_zeros(spans.run_of.shape[0], state.sums.shape[2])
 
     def value(self, module: int, score: torch.Tensor) -> torch.Tensor:
@@ -192,6 +202,24 @@ class EvidencePass:
     def route(self, module: int, score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
         """The choice at module ``module``: score [T, N] fp32, permitted [T, N] bool -> int64 [T], -1 for nobody."""
         return choose(self.value(module, score), permitted & usable(score))
+
+    def route_activations(self, module: int, z: torch.Tensor, columns: Adapters, gate: Gate) -> torch.Tensor:
+        """``route`` of the scores of z fp32 [T, r]. Call inside ``ExactFp32``."""
+        if compiled is None or z.device.type != "cpu":
+            return self.route(module, scores(z, columns.gram, columns.offset), gate.permitted)
+        column = np.empty(z.shape[0], np.int64)
+        product = compiled.score_product(z, columns.gram, gate.feature_rows(z.shape[1]))
+        slots, first, last, units, value = self._arrays
+        sums = self._state.sums[module].numpy()
+        compiled.gather_evidence(
+            product, columns.shifts, units, slots, first, last, gate.rows, gate.somebody, sums, value, column
+        )
+        return torch.from_numpy(column)
+
+    @cached_property
+    def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        spans = self._spans
+        return tuple(t.numpy() for t in (spans.slots, spans.first, spans.last, self._unit_of, self._value))
 
     def value_at(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the last module passed has made of t value(l, t), for tokens int64 [A] -> fp64 [A, N], a copy."""

@@ -42,6 +42,8 @@ but they decide no more than whether a token is looked at twice.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +78,12 @@ class Truth:
     worst_floor: float
     lowest: float
     widest: float
+
+    @cached_property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """For compiled code, on a CPU: (L, omax, D, A) fp64 [4], r, mu and sigma."""
+        limits = np.array([self.lowest, self.widest, self.worst_slope, self.worst_floor])
+        return limits, self.r.contiguous().numpy(), self.mu.numpy(), self.sigma.numpy()
 
     @classmethod
     def of(

@@ -1,16 +1,25 @@
 """Per-token routing: the paper's, provably the largest calibrated activation norm (SEQR paper, theorem 3.3)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from seqr.routing.exact import Flags, Truth, doubtful, settle
-from seqr.routing.features import features
+from seqr.routing.features import feature_count, features
 from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
 from seqr.routing.scores import LEAST, choose, places, scores, usable
+
+try:
+    from seqr.routing import compiled
+except ImportError:  # without Numba torch does the same in more calls
+    compiled = None  # type: ignore[assignment]
+
+NO_TRUTH = (np.zeros(4), np.zeros((0, 1, 1), np.float32), np.zeros(0), np.zeros(0))
 
 
 def route(score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
@@ -38,12 +47,36 @@ class Columns:
         with torch.inference_mode(False):
             return self.offset.nan_to_num(math.inf).view(-1, 1, COLUMN_BLOCK)
 
+    @cached_property
+    def shifts(self) -> npt.NDArray[np.float32]:
+        """The offset, on a CPU, for compiled code."""
+        return self.offset.numpy()
+
 
 @dataclass(frozen=True)
 class Gate:
     """Who may use what in one batch, laid out once for all its modules: permitted bool [T, N]."""
 
     permitted: torch.Tensor
+    _feature_rows: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def rows(self) -> Flags:
+        """``permitted``, on a CPU, for compiled code."""
+        return self.permitted.numpy()
+
+    @cached_property
+    def somebody(self) -> Flags:
+        """bool [T]: the tokens to which anything is permitted."""
+        return np.asarray(self.rows.any(1))
+
+    def feature_rows(self, rank: int) -> torch.Tensor:
+        """Room for the batch's features, fp32 [T', F], the rows from T on zero; the same room for every module."""
+        if rank not in self._feature_rows:
+            rows = -(-self.permitted.shape[0] // ROW_TILE) * ROW_TILE
+            with torch.inference_mode(False):
+                self._feature_rows[rank] = torch.zeros(rows, feature_count(rank))
+        return self._feature_rows[rank]
 
     @cached_property
     def uniform(self) -> bool:
@@ -78,6 +111,8 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
     argmax of (||R_i z|| - mu_i) / sigma_i in fp64 over the permitted adapters whose fp32 score is a number
     (``seqr.routing.exact``); where fp32 can tell, as for nearly all tokens, that costs a comparison per token.
     """
+    if compiled is not None and z.device.type == "cpu":
+        return _route_compiled(z, columns, gate, truth)
     tokens = z.shape[0]
     score = block_product(features(z), columns.gram).clamp_min_(LEAST).sqrt_()
     if gate.uniform:
@@ -108,6 +143,16 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
     return column
 
 
+def _route_compiled(z: torch.Tensor, columns: Columns, gate: Gate, truth: Truth | None) -> torch.Tensor:
+    product = compiled.score_product(z, columns.gram, gate.feature_rows(z.shape[1]))
+    column = np.empty(z.shape[0], np.int64)
+    limits, r, mu, sigma = NO_TRUTH if truth is None else truth.arrays
+    compiled.choose_per_token(
+        product, columns.shifts, gate.rows, z.numpy(), truth is not None, limits, r, mu, sigma, column
+    )
+    return torch.from_numpy(column)
+
+
 def _without_number(best: torch.Tensor, gate: Gate) -> torch.Tensor | None:
     """bool [T] or None: where a NaN or an infinity has come up; whose it was, only the slow way tells."""
     if gate.nobody is not None:
@@ -126,7 +171,11 @@ def _look_again(
 ) -> torch.Tensor:
     """The plain choice of K tokens, or the exact one: token int64 [K], score fp32 [K, N], z [K, r] -> int64 [K]."""
     if not bool((score < math.inf).all()):
-        score = scores(z, columns.gram, columns.offset)
-        allowed = gate.permitted.index_select(0, token) & usable(score)
-        score = score.masked_fill_(allowed.logical_not_(), -math.inf)
+        score = _allowed_scores(z, columns, gate.permitted.index_select(0, token))
     return choose(score, score > -math.inf) if truth is None else settle(z, score, truth)
+
+
+def _allowed_scores(z: torch.Tensor, columns: Columns, permitted: torch.Tensor) -> torch.Tensor:
+    """The scores of K tokens, -inf where one is no number or not permitted: z [K, r], permitted [K, N] -> [K, N]."""
+    score = scores(z, columns.gram, columns.offset)
+    return score.masked_fill_((permitted & usable(score)).logical_not_(), -math.inf)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from seqr.routing.evidence import CLIP
+from seqr.routing.scores import CLIP
 
 UNIT = 2.0**-24  # the largest relative error of one fp32 rounding
 

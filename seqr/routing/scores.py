@@ -10,6 +10,8 @@ from seqr.routing.products import score_product
 
 # The least q whose root is taken. Not 0: torch is six times as slow at the root of a zero, which every padding row has.
 LEAST = 2.0**-100
+# Evidence counts no score beyond this.
+CLIP = 6.0
 
 
 def scores(z: torch.Tensor, gram: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,26 @@ def test_a_batch_is_described_to_the_engine_as_it_is(model_dir: Path, plan: Plan
             assert one.predicts == (position[one.request_id] >= len(texts[int(one.request_id[1:])]))
     assert max(len(batch.slices) for batch in seen) > 1
     assert any({one.predicts for one in batch.slices} == {True, False} for batch in seen)
+
+
+def test_only_the_worker_computes_with_many_threads(model_dir: Path, plan: Plan) -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+
+    async def serve() -> None:
+        engine = build_engine(model_dir, plan, threads=3)
+        begin = engine.begin
+        engine.begin = lambda batch: (seen.append(torch.get_num_threads()), begin(batch))[1]  # type: ignore[method-assign]
+        await engine.start()
+        await ask(engine, "one", prompts(1)[0], [], max_tokens=2)
+        await engine.stop()
+
+    try:
+        run(serve())
+        assert set(seen) == {3}
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_failed_step_ends_its_requests_and_the_worker_goes_on(model_dir: Path, plan: Plan) -> None:

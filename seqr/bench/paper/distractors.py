@@ -16,8 +16,8 @@ from seqr.bench.paper.reading import look_at
 from seqr.bench.paper.routed import with_columns
 from seqr.public_text import public_texts
 from seqr.routers.pool import AdapterPool, LoraFactors
-from seqr.routing.evidence import CLIP
 from seqr.routing.features import features, gram
+from seqr.routing.scores import CLIP
 
 STEPS = (0, 10, 50, 150, 500)
 ROWS = 50  # test rows per task

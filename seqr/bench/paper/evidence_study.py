@@ -11,7 +11,8 @@ import torch
 
 from seqr.bench.paper.reading import Norms
 from seqr.routers.statistics import Statistics
-from seqr.routing.evidence import CLIP, HALF_LIFE
+from seqr.routing.evidence import HALF_LIFE
+from seqr.routing.scores import CLIP
 
 
 @dataclass(frozen=True)

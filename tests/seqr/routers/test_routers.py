@@ -19,8 +19,8 @@ from seqr.routers.pool import AdapterPool, LoraFactors, PoolMismatch
 from seqr.routers.seqr import SeqrRouter
 from seqr.routers.spectr import SpectrRouter
 from seqr.routers.statistics import NormMoments, Statistics
-from seqr.routing.evidence import CLIP
 from seqr.routing.reference import reference_choice, reference_evidence
+from seqr.routing.scores import CLIP
 from tests.seqr.routers.conftest import MODULES, factors, inputs, make_batch
 
 MakePool = Callable[..., AdapterPool]

@@ -1,0 +1,221 @@
+"""The small work of a routed Linear on a CPU, in a few compiled passes instead of some thirty calls of torch.
+
+A decode step routes a dozen tokens at more than a hundred Linears: nothing of it is large, and calling it costs more
+than computing it. The two matrix products stay torch's (``seqr.routing.products``). What is here is one thread's work
+and does, number for number, what the modules named at each function do: the same operations on each token, in the same
+order whatever the batch, without fused multiply-adds, so its bits do not depend on a token's neighbours or on the CPU.
+
+Needs Numba, which compiles a function when it is first called and keeps the result on disk.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from seqr.routing.exact import UNIT
+from seqr.routing.products import COLUMN_BLOCK, block_product
+from seqr.routing.scores import CLIP as _CLIP
+from seqr.routing.scores import LEAST as _LEAST
+
+F = TypeVar("F", bound=Callable[..., Any])
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+CLIP, LEAST, NOTHING = np.float32(_CLIP), np.float32(_LEAST), np.float32(-math.inf)
+ROUNDING, BLOCK = 24.0 * UNIT, COLUMN_BLOCK
+
+
+def _compiled(function: F) -> F:
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(F, njit(cache=True, **options)(function))
+    except RuntimeError:  # nowhere to keep it: neither beside this file nor in a home
+        return cast(F, njit(**options)(function))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_context: Any, address: Any) -> Any:
+    """A number as the address of fp32 numbers."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), code
+
+
+def score_product(z: torch.Tensor, blocks: torch.Tensor, rows: torch.Tensor) -> Floats:
+    """``seqr.routing.products.block_product`` of z's features: z [T, r], blocks [N / 64, F, 64] -> [N / 64, T', 64].
+
+    rows [T', F]: where the features are put; its rows from T on must be zero.
+    """
+    features(z.numpy(), rows.numpy())
+    product: Floats = block_product(rows, blocks).numpy()
+    return product
+
+
+@_compiled
+def features(z: Floats, out: Floats) -> None:
+    """``seqr.routing.features.features``: z [T, r] -> out [T', F]; rows from T on are not touched."""
+    for t in range(z.shape[0]):
+        k = 0
+        for i in range(z.shape[1]):
+            for j in range(i, z.shape[1]):
+                out[t, k] = z[t, i] * z[t, j]
+                k += 1
+
+
+@_compiled
+def _score_row(product: Floats, t: int, offset: Floats, score: Floats) -> None:
+    """``seqr.routing.scores.scores`` of one token, from the product [N / 64, T', 64] into score [N]."""
+    for block in range(product.shape[0]):
+        start = block * BLOCK
+        for j in range(BLOCK):
+            q = product[block, t, j]
+            # A NaN stays one.
+            score[start + j] = np.sqrt(LEAST if q < LEAST else q) - offset[start + j]
+
+
+@_compiled
+def _true_score(r: Floats, z: Floats, mu: float, sigma: float, y: Doubles) -> float:
+    """``seqr.routing.exact.true_scores`` of one pair: r [r, r], z [r]; y [r] is scratch."""
+    total = 0.0
+    for i in range(z.shape[0]):
+        y[i] = np.float64(r[i, 0]) * np.float64(z[0])
+        for j in range(1, z.shape[0]):
+            y[i] += np.float64(r[i, j]) * np.float64(z[j])
+        total = total + y[i] * y[i] if i else y[i] * y[i]
+    score: float = (np.sqrt(total) - mu) / sigma
+    return score
+
+
+@_compiled
+def choose_per_token(
+    product: Floats,
+    offset: Floats,
+    permitted: Flags,
+    z: Floats,
+    exact: bool,
+    limits: Doubles,
+    r: Floats,
+    mu: Doubles,
+    sigma: Doubles,
+    column: Integers,
+) -> None:
+    """``seqr.routing.per_token.route`` of the product's scores -> column [T]; with ``exact`` the exact choice.
+
+    product [N / 64, T', 64], offset [N], permitted [T, N], z [T, r]. limits [4], r [N, r, r], mu and sigma [N]: those
+    of ``seqr.routing.exact.Truth``. Where ``exact.doubtful`` says so, the columns within ``exact.margin`` of the best
+    score are compared by their true scores; both are evaluated in fp64 here, which their slack allows for.
+    """
+    width, rank = offset.shape[0], z.shape[1]
+    lowest, widest, slope, floor = limits[0], limits[1], limits[2], limits[3]
+    score, y = np.empty(width, np.float32), np.empty(rank, np.float64)
+    for t in range(z.shape[0]):
+        _score_row(product, t, offset, score)
+        for n in range(width):
+            score[n] = score[n] if permitted[t, n] and score[n] < np.inf else NOTHING
+        best, second, at = NOTHING, NOTHING, -1
+        for n in range(width):
+            if score[n] > second:
+                if score[n] > best:
+                    second, best, at = best, score[n], n
+                else:
+                    second = score[n]
+        column[t] = at
+        if at < 0 or not exact:
+            continue
+        size = 0.0
+        for k in range(rank):
+            size += np.float64(z[t, k]) * np.float64(z[t, k])
+        b = max(np.float64(best) + lowest, 0.0)
+        b2 = max(np.float64(second) + lowest, b * 0.5)
+        if (b - b2 - ROUNDING * widest) * b2 > size * 6.0 * slope + 8.0 * floor:
+            continue
+        margin = np.sqrt(size * slope + floor) + ROUNDING / 6.0 * abs(np.float64(best)) + ROUNDING / 3.0 * widest
+        least, most = np.float64(best) - margin * (2.0 + 2.0**-10), -np.inf
+        for n in range(width):
+            if score[n] >= least and score[n] > NOTHING:
+                true = _true_score(r[n], z[t], mu[n], sigma[n], y)
+                if true > most:
+                    most, column[t] = true, n
+
+
+@_compiled
+def gather_evidence(
+    product: Floats,
+    offset: Floats,
+    units: Floats,
+    slots: Integers,
+    first: Integers,
+    last: Integers,
+    permitted: Flags,
+    somebody: Flags,
+    sums: Doubles,
+    value: Doubles,
+    column: Integers,
+) -> None:
+    """``seqr.routing.evidence.EvidencePass.route`` of the product's scores -> column [T].
+
+    product [N / 64, T', 64], offset [N]; units [T]: each token's weight times 2^20; slots, first, last [S]: the runs of
+    ``Spans``; permitted [T, N] and whether it permits anybody, somebody [T]; sums [slots + 1, N] and value [T, N], both
+    brought forward. The value of a token for whom nobody may be chosen is left as it is: nobody asks for it.
+    """
+    width = offset.shape[0]
+    score, unit = np.empty(width, np.float32), np.empty(width, np.float32)
+    for run in range(slots.shape[0]):
+        gathered = sums[slots[run]]
+        for t in range(first[run], last[run] + 1):
+            column[t] = -1
+            weight = units[t]
+            if weight == 0.0 and not somebody[t]:
+                continue
+            _score_row(product, t, offset, score)
+            for n in range(width):
+                s = score[n]
+                s = s if abs(s) < np.inf else -CLIP
+                s = -CLIP if s < -CLIP else s
+                s = CLIP if s > CLIP else s
+                unit[n] = np.rint(s * weight)
+            for n in range(width):
+                gathered[n] += unit[n]
+            if not somebody[t]:
+                continue
+            best = -np.inf
+            for n in range(width):
+                value[t, n] += gathered[n]
+            for n in range(width):
+                if value[t, n] > best and permitted[t, n] and score[n] < np.inf:
+                    best, column[t] = value[t, n], n
+
+
+@_compiled
+def add_rows(y: Floats, z: Floats, b_t: Integers, column: Integers) -> None:
+    """y[t] += z[t] B_i^T for the adapter i = column[t], nothing where it is -1: y [T, m], z [T, r] in place.
+
+    b_t [N]: the addresses of the adapters' B_i^T, fp32 [r, m] each, contiguous.
+    """
+    rank, outputs = z.shape[1], y.shape[1]
+    share = np.empty(outputs, np.float32)
+    for t in range(y.shape[0]):
+        if column[t] < 0:
+            continue
+        b = carray(_pointer(b_t[column[t]]), (rank, outputs), np.float32)
+        share[:] = np.float32(0.0)
+        even = rank - rank % 4
+        for k in range(0, even, 4):
+            z0, z1, z2, z3 = z[t, k], z[t, k + 1], z[t, k + 2], z[t, k + 3]
+            for j in range(outputs):
+                share[j] += (z0 * b[k, j] + z1 * b[k + 1, j]) + (z2 * b[k + 2, j] + z3 * b[k + 3, j])
+        for k in range(even, rank):
+            for j in range(outputs):
+                share[j] += z[t, k] * b[k, j]
+        for j in range(outputs):
+            y[t, j] += share[j]
