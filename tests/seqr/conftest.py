@@ -1,7 +1,7 @@
 """A federation in miniature: keys, a tiny base model, a plan for it, and adapters of that plan."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,13 +9,25 @@ import numpy as np
 import pytest
 import torch
 
+from seqr import routed_linear
 from seqr.adapter import Adapter, ModuleAdapter
 from seqr.factorize import factorize
 from seqr.keys import SealingKey, SigningKey
 from seqr.models import build_tiny_model, inspect_base_model
 from seqr.plan import GatewayKey, ModuleSpec, Plan, create_plan
+from seqr.routing import evidence, per_token
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def either_way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On a CPU: with the compiled passes, and as without Numba."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            for module in (per_token, evidence, routed_linear):
+                patch.setattr(module, "compiled", None)
+        yield request.param
 
 
 def signing_key(name: str) -> SigningKey:

@@ -17,6 +17,7 @@ from seqr.routing.scores import scores
 from seqr.step import Segment, StepContext, StepMismatch, running
 from tests.seqr.strategies import broken, toy_adapter, toy_library, toy_plan
 
+pytestmark = pytest.mark.usefixtures("either_way")
 PLAN = toy_plan()
 MODULES = len(PLAN.modules)
 LIBRARY = toy_library(PLAN, ["a", "b", "c", "d"])

@@ -4,16 +4,18 @@ import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqr import routed_linear
 from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows
 from seqr.models import load_base_model
 from seqr.plan import Plan
-from seqr.routed_linear import ModelMismatch, RoutedLinear, adapt_model, add_adapters
+from seqr.routed_linear import ModelMismatch, RoutedLinear, adapt_model, add_adapters, add_rows
 from seqr.routing.evidence import EvidenceState
 from seqr.routing.groups import Groups
 from seqr.routing.reference import reference_output
@@ -31,6 +33,7 @@ from seqr.step import (
 )
 from tests.seqr.strategies import ToyModel, broken, shared_a, toy_adapter, toy_library, toy_plan
 
+pytestmark = pytest.mark.usefixtures("either_way")
 PLAN = toy_plan()
 A = shared_a(PLAN)
 POPULARITY = {
@@ -47,6 +50,14 @@ POPULARITY = {
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def add(y: torch.Tensor, z: torch.Tensor, b_t: list[torch.Tensor], choices: list[int]) -> None:
+    """As the routed Linear does, either way."""
+    if routed_linear.compiled is None:
+        add_adapters(y, z, b_t, Groups.of(choices, y.device))
+    else:
+        add_rows(y, z, np.array([b.data_ptr() for b in b_t]), torch.tensor(choices))
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +79,7 @@ def test_the_output_is_the_reference_output(choices: list[int], rank: int, dtype
     a = shared_a(plan)["only"]
     y = (x @ weight.T).to(dtype)
     before = y.clone()
-    add_adapters(y, x @ a.T, b_t, Groups.of(choices, x.device))
+    add(y, x @ a.T, b_t, choices)
     expected = reference_output(x, weight, None, a, [(part.q, part.r) for part in adapters], choices)
     # One rounding of W x to y's dtype and one of the sum; the adapter's own share is exact to fp32.
     tolerance = 2 * torch.finfo(dtype).eps
@@ -85,17 +96,17 @@ def test_a_tokens_output_does_not_depend_on_who_shares_its_adapter(outputs: int,
     b_t = [torch.randn(rank, outputs, generator=generator) for _ in range(3)]
     y, z = torch.randn(64, outputs, generator=generator).to(dtype), torch.randn(64, rank, generator=generator)
     everyone = y.clone()
-    add_adapters(everyone, z, b_t, Groups.of([1] * 64, y.device))
+    add(everyone, z, b_t, [1] * 64)
     for others in (0, 1, -1):
         for count in (1, 2, 3, 5, 8, 17, 33, 63):
             crowd = y.clone()
-            add_adapters(crowd, z, b_t, Groups.of([1] * count + [others] * (64 - count), y.device))
+            add(crowd, z, b_t, [1] * count + [others] * (64 - count))
             assert torch.equal(bits(crowd[:count]), bits(everyone[:count]))
 
 
 def test_a_negative_zero_that_no_adapter_touches_keeps_its_sign() -> None:
     y = torch.tensor([[-0.0, 1.0], [-0.0, 1.0]])
-    add_adapters(y, torch.zeros(2, 1), [torch.zeros(1, 2)], Groups.of([-1, 0], y.device))
+    add(y, torch.zeros(2, 1), [torch.zeros(1, 2)], [-1, 0])
     assert torch.signbit(y[0, 0])
 
 

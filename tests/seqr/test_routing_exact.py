@@ -19,6 +19,7 @@ from seqr.step import Segment, StepContext
 from tests.seqr.exact_cases import plain_oracle
 from tests.seqr.strategies import broken, toy_adapter, toy_library, toy_plan
 
+pytestmark = pytest.mark.usefixtures("either_way")
 CONDITIONS = [1.0, 1e2, 1e4, 1e8]
 
 

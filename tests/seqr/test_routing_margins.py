@@ -11,6 +11,7 @@ from seqr.plan import Plan
 from seqr.routing.margins import lead, mean_leads
 from seqr.step import Segment, StepContext, StepMismatch
 
+pytestmark = pytest.mark.usefixtures("either_way")
 INF = float("inf")
 
 
