@@ -18,7 +18,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
@@ -63,8 +63,8 @@ class OnceAMinute(logging.Filter):
 _once_a_minute = OnceAMinute()
 
 
-def provider_for(endpoint: str) -> TracerProvider:
-    """A provider of this gateway's own, not the process's, that sends to the collector at the URL ``endpoint``.
+def tracing_to(endpoint: str) -> "OtlpTracing":
+    """Traces for the collector at the URL ``endpoint``, by a provider of this gateway's own, not the process's.
 
     The queue is bounded and a thread empties it, so a collector that is slow or away costs spans and nothing else.
     """
@@ -77,23 +77,25 @@ def provider_for(endpoint: str) -> TracerProvider:
         shutdown_on_exit=False,
         meter_provider=unmeasured,
     )
+    exporter = OTLPSpanExporter(url, timeout=EXPORT_S, meter_provider=unmeasured)
     provider.add_span_processor(
         BatchSpanProcessor(
-            OTLPSpanExporter(url, timeout=EXPORT_S, meter_provider=unmeasured),
+            exporter,
             max_queue_size=QUEUE_SPANS,
             schedule_delay_millis=BATCH_MS,
             max_export_batch_size=BATCH_SPANS,
             meter_provider=unmeasured,
         )
     )
-    return provider
+    return OtlpTracing(provider, exporter)
 
 
 class OtlpTracing(Tracing):
-    """Traces by way of ``provider``."""
+    """Traces by way of ``provider``, whose spans ``exporter`` sends."""
 
-    def __init__(self, provider: TracerProvider):
+    def __init__(self, provider: TracerProvider, exporter: SpanExporter):
         self._provider = provider
+        self._exporter = exporter
         self._tracer = provider.get_tracer("inference_gateway")
 
     def request(self, scope: Scope) -> RequestTrace:
@@ -105,6 +107,7 @@ class OtlpTracing(Tracing):
         closing.join(FLUSH_S)
         if closing.is_alive():
             log.warning("the collector did not take the last spans within %g s; they may be lost", FLUSH_S)
+            self._exporter.shutdown()  # what waits still is not tried
 
 
 class _Request(RequestTrace):
@@ -116,7 +119,7 @@ class _Request(RequestTrace):
         named = Headers(scope=scope).getlist("traceparent")
         if len(named) == 1:
             parent = TraceContextTextMapPropagator().extract({"traceparent": named[0]}, parent)
-        scheme = {"url.scheme": scope["scheme"]}
+        scheme = {"url.scheme": scope.get("scheme", "http")}
         self._span = tracer.start_span("HTTP", parent, kind=SpanKind.SERVER, attributes=scheme)
         self._within = set_span_in_context(self._span, Context())
         self._stream = False

@@ -66,7 +66,7 @@ def tracing_of(settings: "Settings") -> Tracing:
     if not endpoint:
         return Tracing()
     try:
-        from inference_gateway.otlp import OtlpTracing, provider_for
+        from inference_gateway.otlp import tracing_to
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "opentelemetry":
             raise
@@ -74,4 +74,4 @@ def tracing_of(settings: "Settings") -> Tracing:
             "telemetry.otlp_endpoint is set, but OpenTelemetry is not installed; run pip install '.[otel]' in the "
             "clone of seqr, or remove the setting"
         ) from None
-    return OtlpTracing(provider_for(endpoint))
+    return tracing_to(endpoint)
