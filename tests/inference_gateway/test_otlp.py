@@ -189,7 +189,7 @@ def test_spans_beyond_the_queue_are_dropped(
     assert collector.asked.wait(30)
     collector.go_on.set()
     gateway.stop()
-    assert 8 <= len(collector.spans()) <= 8 + 4  # of 36: the queue, and what was on its way
+    assert 8 <= len(collector.spans()) <= 16  # of 36: the queue, and what was on its way
 
 
 def test_a_collector_that_is_not_there_is_told_of_once_and_serving_goes_on(
