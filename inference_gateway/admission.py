@@ -119,7 +119,9 @@ class Grant:
         Raises Overloaded and QueueTimeout; ends with ``request_timeout`` when the deadline passes.
         """
         settings, metrics, queue = self._admission.settings, self._admission.metrics, self._admission.queue
-        await self._enter(request.prompt)
+        traced = self._record.trace.answer()
+        with traced.waiting():
+            await self._enter(request.prompt)
         measured = metrics.answer(self._model, self._arrived, len(request.prompt))
         end: Finished | Failed | None = None
         totals: Shares | None = None
@@ -132,6 +134,7 @@ class Grant:
                         self.generated += len(event.ids)
                         queue.count(self._user_id, len(event.ids))
                         measured.tokens(len(event.ids))
+                        traced.tokens(len(event.ids))
                         totals = event.totals
                     else:
                         end = event
@@ -144,8 +147,10 @@ class Grant:
             reason = "stop" if request.request_id in self._complete else "abort"
             if end is not None:
                 reason = end.reason if isinstance(end, Finished) else end.code
-            measured.shares(end.shares if isinstance(end, Finished) else totals)
+            shares = end.shares if isinstance(end, Finished) else totals
+            measured.shares(shares)
             measured.ended(reason)
+            traced.ended(reason, shares if settings.count_all_shares else None)
             self._record.fields["reason"] = reason
             if measured.first_token_ms is not None:
                 self._record.fields.setdefault("first_token_ms", measured.first_token_ms)

@@ -42,5 +42,5 @@ def create_app(service: Service) -> FastAPI:
     errors.install(app)
     limits = service.settings
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_seconds=limits.max_body_seconds)
-    app.add_middleware(Observing, metrics=service.metrics)
+    app.add_middleware(Observing, metrics=service.metrics, tracing=service.tracing)
     return app

@@ -15,6 +15,12 @@ class SettingsInvalid(GatewayError):
     code = "settings_invalid"
 
 
+class TelemetryNotInstalled(GatewayError):
+    """Traces are asked for, and the packages for them are not there; the gateway does not start."""
+
+    code = "telemetry_not_installed"
+
+
 class InsecureListen(GatewayError):
     """API keys would cross a network in the clear; the gateway does not start."""
 

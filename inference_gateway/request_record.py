@@ -4,14 +4,23 @@ import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from inference_gateway.tracing import RequestTrace
+
 
 @dataclass
 class RequestRecord:
-    """``fields`` go into the log line, ``headers`` onto the response."""
+    """``fields`` go into the log line, ``headers`` onto the response; ``error_code``: what the caller was told last."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     fields: dict[str, str | int | float] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    error_code: str | None = None
+    trace: RequestTrace = field(default_factory=RequestTrace)
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """What names this request in every log line about it."""
+        return {"request_id": self.request_id, **self.trace.ids}
 
 
 _current: ContextVar[RequestRecord | None] = ContextVar("seqr_request_record", default=None)

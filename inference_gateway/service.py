@@ -24,6 +24,7 @@ from inference_gateway.intake import Intake
 from inference_gateway.metrics import Metrics
 from inference_gateway.permissions import Permissions
 from inference_gateway.settings import Settings
+from inference_gateway.tracing import Tracing, tracing_of
 from policy.db import create_engine_for
 from policy.keys import load_pepper
 from policy.reader import PolicyReader
@@ -69,8 +70,9 @@ class Serving:
 class Service:
     """One gateway. ``start`` returns at once; ``serving`` is there when model, engine and first intake pass are."""
 
-    def __init__(self, settings: Settings, client: CoordinatorClient | None = None):
+    def __init__(self, settings: Settings, client: CoordinatorClient | None = None, tracing: Tracing | None = None):
         self.settings = settings
+        self.tracing = tracing or tracing_of(settings)
         self._client = client or CoordinatorClient(
             settings.coordinator_url, _read_api_key(settings.coordinator_key_file), settings.coordinator_ca_file
         )
@@ -101,6 +103,7 @@ class Service:
         await self._client.aclose()
         self._reader.close()
         self._database.dispose()
+        await asyncio.to_thread(self.tracing.stop)
 
     @property
     def loaded(self) -> Serving | None:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from inference_gateway.errors import InsecureListen, SettingsInvalid
@@ -38,10 +39,28 @@ class DefaultLimits(BaseModel):
     key: SubjectLimits = SubjectLimits()
 
 
+class Telemetry(BaseModel):
+    """The table [telemetry]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # The collector's base URL, to which /v1/traces is added; empty: no traces.
+    otlp_endpoint: str = ""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_a_collector(cls, value: str) -> str:
+        if value and not is_plain_url(value):
+            raise ValueError("must be a URL like http://127.0.0.1:4318, without user, password, query and fragment")
+        return value
+
+
 class Settings(FileSettings):
     """Settings of one gateway. Relative paths are relative to ``directory``, which also holds the keys."""
 
-    model_config = SettingsConfigDict(env_prefix="SEQR_GATEWAY_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SEQR_GATEWAY_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
 
     directory: Path
     coordinator_url: str = ""
@@ -93,6 +112,7 @@ class Settings(FileSettings):
     log_format: Literal["text", "json"] = "text"
     # Count each silo's share in every answer for /metrics, not only in those that were asked for attribution.
     count_all_shares: bool = False
+    telemetry: Telemetry = Telemetry()
 
     def model_post_init(self, _context: Any) -> None:
         directory = self.directory.expanduser().absolute()
@@ -119,6 +139,17 @@ class Settings(FileSettings):
     @property
     def public_key_file(self) -> Path:
         return self.directory / "gateway-key.json"
+
+
+def is_plain_url(value: str) -> bool:
+    """Whether this is an http or https URL of a host, perhaps a port and a path, and nothing else."""
+    try:
+        url = urlsplit(value)
+        port = url.port
+    except ValueError:
+        return False
+    extra = url.username or url.password or url.query or url.fragment or port == 0
+    return url.scheme in ("http", "https") and bool(url.hostname) and not extra
 
 
 def load_settings(directory: str | Path, **overrides: Any) -> Settings:

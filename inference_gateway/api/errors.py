@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from inference_gateway import request_record
 from inference_gateway.engine.base import Failed
 from inference_gateway.errors import EngineStopped, NotReady, Refused
 from policy.errors import NotAllowed, NotAuthenticated, PolicyError, Unavailable
@@ -107,7 +108,8 @@ class BodyTooSlow(ApiError):
 
 
 def error_body(message: str, code: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The body of an error with this HTTP status."""
+    """The body of an error with this HTTP status; the request's record keeps its code."""
+    request_record.current().error_code = code
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

@@ -11,6 +11,7 @@ from inference_gateway import request_record
 from inference_gateway.api.errors import unexpected
 from inference_gateway.metrics import Metrics
 from inference_gateway.request_record import RequestRecord
+from inference_gateway.tracing import Tracing
 
 log = logging.getLogger("inference_gateway.access")
 
@@ -27,9 +28,10 @@ class Observing:
     the path, query or body, and the policy's ids of user and key.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing):
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,6 +41,8 @@ class Observing:
         given = Headers(scope=scope).get("x-request-id", "")
         if REQUEST_ID.fullmatch(given):
             record.request_id = given
+        if scope["path"] not in POLLED:
+            record.trace = self._tracing.request(scope)
         request_record.begin(record)
 
         async def noting(message: Message) -> None:
@@ -55,15 +59,17 @@ class Observing:
             await self._app(scope, receive, noting)
         except Exception:
             if status:  # part of the answer is out: the server must cut the connection
+                record.error_code = "internal_error"
                 raise
-            log.exception("a request could not be served")
+            log.exception("a request could not be served", extra={"fields": record.ids})
             await unexpected()(scope, receive, noting)
         finally:
             route = _template(scope)
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.responded(route, method, status)
+            record.trace.end(method, route, status, record)
             line = {
-                "request_id": record.request_id,
+                **record.ids,
                 "method": method,
                 "route": route,
                 "status": status,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from inference_gateway import request_record
 from inference_gateway.api.answering import Answers, Piece, ShownToken, begin
 from inference_gateway.api.asking import Asked
 from inference_gateway.api.errors import failed_status, respond
@@ -40,6 +41,7 @@ async def answered(
     request: Request, service: Service, caller: Principal, asked: Asked, body: GenerationBody, written: Format
 ) -> Response:
     """Generate all choices and write them."""
+    request_record.current().trace.asked(asked, bool(body.stream))
     headers = headers_of(asked)
     # Without a stream the gateway is the reader, and what it keeps is bounded by the answers' lengths.
     limit = service.settings.stream_buffer_events * len(asked.requests) if body.stream else None

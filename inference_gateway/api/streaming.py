@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from inference_gateway import request_record
 from inference_gateway.api.answering import Answers, Piece
 from inference_gateway.api.errors import body_of_error, error_body, failed_status, server_fault
 from inference_gateway.engine.base import Failed
@@ -81,7 +82,7 @@ async def events(
                 yield _event(body_of_error(error))
                 break
             except Exception:
-                log.exception("a stream ends with an error")
+                log.exception("a stream ends with an error", extra={"fields": request_record.current().ids})
                 yield _event(server_fault())
                 break
         if piece is None:
