@@ -179,6 +179,7 @@ class Service:
         from seqr.models import base_model_digest, load_base_model
         from seqr.public_calibration import collect_z
         from seqr.routed_linear import adapt_model
+        from seqr.routing.optional import compiled
         from seqr.shared_a import verify_a
 
         adopt("transformers", "ContinuousBatchingLogger")
@@ -203,6 +204,8 @@ class Service:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = load_base_model(path, getattr(torch, plan.dtype), "sdpa")
         model.to(device)
+        if compiled is not None and device == "cpu":
+            compiled.compile_now()
         self.waiting_for = "calibration on public text"
         z = collect_z(model, calibration_texts(tokenizer), plan, a)
         adapt_model(model, plan, a)

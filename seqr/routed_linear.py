@@ -12,13 +12,9 @@ from torch import nn
 from seqr.errors import SeqrError
 from seqr.plan import Plan
 from seqr.routing.groups import Groups
+from seqr.routing.optional import compiled
 from seqr.routing.products import ROW_TILE, ExactFp32, project, row_product
 from seqr.step import BaseOnly, StepMismatch, get_context
-
-try:
-    from seqr.routing import compiled
-except ImportError:  # without Numba torch does the same in more calls
-    compiled = None  # type: ignore[assignment]
 
 
 class ModelMismatch(SeqrError):

@@ -19,7 +19,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from seqr.routing.exact import UNIT
-from seqr.routing.products import COLUMN_BLOCK, block_product
+from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
 from seqr.routing.scores import CLIP as _CLIP
 from seqr.routing.scores import LEAST as _LEAST
 
@@ -219,3 +219,16 @@ def add_rows(y: Floats, z: Floats, b_t: Integers, column: Integers) -> None:
                 share[j] += z[t, k] * b[k, j]
         for j in range(outputs):
             y[t, j] += share[j]
+
+
+def compile_now() -> None:
+    """Compile every pass, or fetch it from disk, so that no answer waits for it."""
+    floats, place = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
+    product, offset = np.ones((1, ROW_TILE, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
+    permitted, somebody, sums = np.ones((1, BLOCK), np.bool_), np.ones(1, np.bool_), np.zeros((1, BLOCK))
+    features(floats, floats.copy())
+    r, ones = np.ones((BLOCK, 1, 1), np.float32), np.ones(BLOCK)
+    choose_per_token(product, offset, permitted, floats, True, np.ones(4), r, ones, ones, place)
+    units = np.ones(1, np.float32)
+    gather_evidence(product, offset, units, place, place, place, permitted, somebody, sums, sums.copy(), place.copy())
+    add_rows(floats.copy(), floats, np.array([floats.ctypes.data]), np.zeros(1, np.int64))

@@ -33,14 +33,10 @@ import numpy.typing as npt
 import torch
 
 from seqr.errors import SeqrError
+from seqr.routing.optional import compiled
 from seqr.routing.per_token import Columns as Adapters
 from seqr.routing.per_token import Gate
 from seqr.routing.scores import CLIP, choose, constant, scores, usable
-
-try:
-    from seqr.routing import compiled
-except ImportError:  # without Numba torch does the same in more calls
-    compiled = None  # type: ignore[assignment]
 
 GRID = float(1 << 20)
 HALF_LIFE = 6  # words

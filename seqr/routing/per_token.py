@@ -11,13 +11,9 @@ import torch.nn.functional as F
 
 from seqr.routing.exact import Flags, Truth, doubtful, settle
 from seqr.routing.features import feature_count, features
+from seqr.routing.optional import compiled
 from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
 from seqr.routing.scores import LEAST, choose, places, scores, usable
-
-try:
-    from seqr.routing import compiled
-except ImportError:  # without Numba torch does the same in more calls
-    compiled = None  # type: ignore[assignment]
 
 NO_TRUTH = (np.zeros(4), np.zeros((0, 1, 1), np.float32), np.zeros(0), np.zeros(0))
 

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from seqr.bench.routing.adversary import assorted
+from seqr.routed_linear import add_rows
 from seqr.routing import compiled, evidence, per_token
 from seqr.routing.evidence import EvidencePass, EvidenceState, Spans
 from seqr.routing.features import features
@@ -96,6 +98,7 @@ def test_what_an_adapter_adds_has_the_same_bits_in_any_batch(rank: int, outputs:
 
 WITHOUT_NUMBA = """
 import sys
+from typing import Any
 sys.modules["numba"] = None
 from seqr import routed_linear
 from seqr.routing import evidence, per_token
@@ -121,3 +124,19 @@ assert out.tolist() == [[4.0, 6.0, 9.0]]
 def test_a_process_routes(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_compile_now_leaves_nothing_to_compile_for_the_first_answer() -> None:
+    compiled.compile_now()
+    passes: list[Any] = [compiled.features, compiled.choose_per_token, compiled.gather_evidence, compiled.add_rows]
+    before = [len(one.signatures) for one in passes]
+    shelf = assorted(8, 3, 1.0, torch.Generator().manual_seed(0))
+    z, gate = torch.randn(5, 8), Gate(torch.ones(5, 64, dtype=torch.bool))
+    route_activations(z, shelf.columns, gate, shelf.truth)
+    route_activations(z, shelf.columns, gate)
+    runs = torch.arange(5)
+    a_pass = EvidencePass(EvidenceState(1, 4, (), 64), Spans(runs, runs, runs, runs, torch.ones(5)))
+    a_pass.route_activations(0, z, shelf.columns, gate)
+    b_t, column = torch.randn(8, 7), torch.zeros(5, dtype=torch.int64)
+    add_rows(torch.randn(5, 7), z, np.array([b_t.data_ptr()]), column)
+    assert [len(one.signatures) for one in passes] == before
