@@ -1,5 +1,7 @@
 """[oidc] in gateway.toml: what is taken, what is refused before the gateway starts."""
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ def test_three_settings_are_enough_and_the_rest_is_careful(tmp_path: Path) -> No
     assert (settings.audience, settings.client_secret_file, settings.scopes) == (None, None, ("openid",))
     assert settings.session_hours == 8
     assert settings.redirect_uri == "https://gateway.example/auth/callback"
+
+
+def test_the_table_in_the_operators_page_is_settings() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "operator.md").read_text()
+    toml = re.search(r"```toml\n(\[oidc\].*?)```", page, re.DOTALL)
+    assert toml is not None
+    settings = OidcSettings(**tomllib.loads(toml[1])["oidc"])
+    assert (settings.user_claim, settings.scopes) == ("preferred_username", ("openid", "profile"))
+    table = page[toml.end() : page.index("Nobody is made by logging in")]
+    assert [name for name in OidcSettings.model_fields if f"`{name}`" not in table] == []
 
 
 def test_the_environment_can_bring_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
