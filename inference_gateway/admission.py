@@ -63,7 +63,7 @@ class Admission:
         return limits[0].over(defaults.user.limits()), limits[1].over(defaults.key.limits())
 
     @contextmanager
-    def _told(self, who: tuple[str, str], limits: tuple[Limits, Limits]) -> Iterator[None]:
+    def _told(self, who: tuple[str, str | None], limits: tuple[Limits, Limits]) -> Iterator[None]:
         """Counts a refusal, and leaves the limits' headers for the response."""
         try:
             yield

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from inference_gateway.api import chat, completions, errors, health, metrics, models, openapi, tokenize
+from inference_gateway.api import chat, completions, errors, health, login, metrics, models, openapi, tokenize
 from inference_gateway.api.auth import authenticated
 from inference_gateway.api.limits import BodyLimit
 from inference_gateway.api.observing import Observing
@@ -14,8 +14,9 @@ from inference_gateway.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """Routes under /v1, /tokenize and /detokenize need an API key, /metrics one of scope metrics; /healthz and /readyz
-    need none.
+    """Routes under /v1, /tokenize and /detokenize need an API key or a log-in, /metrics a key of scope metrics.
+
+    /healthz, /readyz and what belongs to the page's log-in need none.
     """
 
     @asynccontextmanager
@@ -38,6 +39,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(health.router)
     if service.settings.playground:  # a page for everybody, with nothing of this gateway in it
         app.include_router(playground_router())
+        app.include_router(login.create_router(service.oidc))
     app.include_router(metrics.router)
     errors.install(app)
     limits = service.settings

@@ -126,13 +126,13 @@ class RateLimits:
         self._utc_now = utc_now
         self._ledgers: dict[str, Ledger] = {}
 
-    def check(self, user_id: str, key_id: str, limits: tuple[Limits, Limits], answers: int = 1) -> None:
+    def check(self, user_id: str, key_id: str | None, limits: tuple[Limits, Limits], answers: int = 1) -> None:
         """Whether ``reserve`` would refuse a request whatever its tokens. Charges nothing. Raises RateLimited."""
         now, utc = self._clock(), self._utc_now()
         _require_room(self._holders(user_id, key_id, limits, now, utc), now, utc, 0, answers)
 
     def reserve(
-        self, user_id: str, key_id: str, limits: tuple[Limits, Limits], tokens: int, answers: int = 1
+        self, user_id: str, key_id: str | None, limits: tuple[Limits, Limits], tokens: int, answers: int = 1
     ) -> Reservation:
         """Admit a request for ``answers`` that may use ``tokens`` under the user's and the key's limits, both or none.
 
@@ -147,7 +147,7 @@ class RateLimits:
             holder.ledger.take(charge)
         return Reservation(holders, charges)
 
-    def headers(self, user_id: str, key_id: str, limits: tuple[Limits, Limits]) -> dict[str, str]:
+    def headers(self, user_id: str, key_id: str | None, limits: tuple[Limits, Limits]) -> dict[str, str]:
         """OpenAI's x-ratelimit-* headers: of the user's and the key's limits per minute, the one with less left."""
         now, utc = self._clock(), self._utc_now()
         holders = self._holders(user_id, key_id, limits, now, utc)
@@ -170,13 +170,13 @@ class RateLimits:
         return found
 
     def _holders(
-        self, user_id: str, key_id: str, limits: tuple[Limits, Limits], now: int, utc: datetime
+        self, user_id: str, key_id: str | None, limits: tuple[Limits, Limits], now: int, utc: datetime
     ) -> tuple[Holder, ...]:
+        names = (f"user:{user_id}", None if key_id is None else f"key:{key_id}")
         holders = tuple(
             Holder(whose, limit, self._ledgers.setdefault(name, Ledger()))
-            for whose, name, limit in zip(
-                ("your", "this key's"), (f"user:{user_id}", f"key:{key_id}"), limits, strict=True
-            )
+            for whose, name, limit in zip(("your", "this key's"), names, limits, strict=True)
+            if name is not None
         )
         for holder in holders:
             holder.ledger.advance(now, utc.date())

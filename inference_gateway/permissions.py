@@ -48,6 +48,10 @@ class Permissions:
         principal.require(scope)
         return principal
 
+    def logged_in(self, user_id: str) -> Principal:
+        """The user whom the identity provider vouches for, who may chat and nothing else. Raises LoginNotAccepted."""
+        return self._reader.logged_in(user_id)
+
     def decide(self, user_id: str) -> Decision:
         """The silos the user may use now; raises PolicyError when the policy cannot be read."""
         return self._reader.permitted(user_id, self._clock())

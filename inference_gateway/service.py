@@ -22,6 +22,7 @@ from inference_gateway.errors import (
 )
 from inference_gateway.intake import Intake
 from inference_gateway.metrics import Metrics
+from inference_gateway.oidc.login import Oidc
 from inference_gateway.permissions import Permissions
 from inference_gateway.settings import Settings
 from inference_gateway.tracing import Tracing, tracing_of
@@ -70,9 +71,16 @@ class Serving:
 class Service:
     """One gateway. ``start`` returns at once; ``serving`` is there when model, engine and first intake pass are."""
 
-    def __init__(self, settings: Settings, client: CoordinatorClient | None = None, tracing: Tracing | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        client: CoordinatorClient | None = None,
+        tracing: Tracing | None = None,
+        oidc: Oidc | None = None,
+    ):
         self.settings = settings
         self.tracing = tracing or tracing_of(settings)
+        self.oidc = oidc or (Oidc(settings.oidc, settings.directory) if settings.oidc is not None else None)
         self._client = client or CoordinatorClient(
             settings.coordinator_url, _read_api_key(settings.coordinator_key_file), settings.coordinator_ca_file
         )
@@ -101,6 +109,8 @@ class Service:
         if self._serving is not None:
             await self._serving.engine.stop()
         await self._client.aclose()
+        if self.oidc is not None:
+            await self.oidc.aclose()
         self._reader.close()
         self._database.dispose()
         await asyncio.to_thread(self.tracing.stop)

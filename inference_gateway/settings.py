@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import SettingsConfigDict
 
 from inference_gateway.errors import InsecureListen, SettingsInvalid
+from inference_gateway.oidc.settings import OidcSettings
 from policy.limits import Limits
 from seqr.settings import LOOPBACK, FileSettings, read_toml, wrong_fields
 
@@ -84,6 +85,8 @@ class Settings(FileSettings):
     poll_seconds: float = Field(default=0.5, gt=0)
     # Whether the page at / is there.
     playground: bool = True
+    # Log-ins through an identity provider; without the table there are API keys only.
+    oidc: OidcSettings | None = None
 
     max_concurrent: int = Field(default=16, ge=1, le=1024)
     # Requests that wait for one of the places; beyond them the gateway answers 503 at once.

@@ -313,6 +313,13 @@ class UserDisabled(NotAuthenticated):
     sentence = "The user of this API key is disabled; ask an admin."
 
 
+class LoginNotAccepted(NotAuthenticated):
+    """One error for users who are unknown, disabled or without a role that may chat: it tells nobody who exists."""
+
+    code = "login_not_accepted"
+    sentence = "You are not logged in as an active user who may ask this gateway; ask an admin."
+
+
 class ScopeMissing(NotAllowed):
     code = "scope_missing"
 

@@ -25,6 +25,7 @@ from policy.errors import (
     KeyIdUnknown,
     KeyRevoked,
     KeyUnknown,
+    LoginNotAccepted,
     PepperInvalid,
     ScopeMissing,
     ScopeNotAllowed,
@@ -33,12 +34,12 @@ from policy.errors import (
     UserNotActive,
 )
 from policy.grants import end_of
-from policy.ids import check_id
+from policy.ids import check_id, is_valid_id
 from policy.limits import pass_on
 from policy.models import SCOPES, ApiKey, User
 from policy.times import DEFAULT_LIFETIME, MICROSECOND, Never, iso, to_micros
 from policy.transaction import Change
-from policy.users import require_user, roles_of
+from policy.users import require_user, roles_of, user_status
 
 PEPPER_BYTES: Final = 32
 # Container engines mount secrets here, for the one user inside, as readable by all.
@@ -59,10 +60,13 @@ SCOPES_OF_ROLE: Final[dict[str, frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class Principal:
-    """Who presented a key. `scopes`: the key's scopes that the user's present roles still allow."""
+    """Who presented a key. `scopes`: the key's scopes that the user's present roles still allow.
+
+    `key_id` is None for somebody who logged in with an identity provider and has no key.
+    """
 
     user_id: str
-    key_id: str
+    key_id: str | None
     roles: frozenset[str]
     scopes: frozenset[str]
 
@@ -147,6 +151,16 @@ def authenticate(connection: Connection, presented: str, at: datetime, *, pepper
         raise UserDisabled
     roles = roles_of(connection, key["user_id"])
     return Principal(key["user_id"], key["key_id"], roles, frozenset(key["scopes"].split()) & allowed_scopes(roles))
+
+
+def logged_in(connection: Connection, user_id: str) -> Principal:
+    """The user whom an identity provider vouches for, with scope chat and no other. Raises LoginNotAccepted."""
+    if not is_valid_id(user_id) or user_status(connection, user_id) != "active":
+        raise LoginNotAccepted
+    roles = roles_of(connection, user_id)
+    if "chat" not in allowed_scopes(roles):
+        raise LoginNotAccepted
+    return Principal(user_id, None, roles, frozenset({"chat"}))
 
 
 def allowed_scopes(roles: Iterable[str]) -> frozenset[str]:

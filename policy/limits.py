@@ -78,12 +78,13 @@ def pass_on(change: Change, key_id: str, new_key_id: str) -> None:
         change.connection.execute(insert(UsageLimit).values(subject=f"key:{new_key_id}", **limits.given()))
 
 
-def limits_of(connection: Connection, user_id: str, key_id: str) -> tuple[Limits, Limits]:
-    """What is set for the user and for the key."""
-    user, key = f"user:{user_id}", f"key:{key_id}"
-    query = select(UsageLimit.__table__).where(UsageLimit.subject.in_((user, key)))
+def limits_of(connection: Connection, user_id: str, key_id: str | None) -> tuple[Limits, Limits]:
+    """What is set for the user and for the key; nothing for the key of somebody who has none."""
+    user, key = f"user:{user_id}", None if key_id is None else f"key:{key_id}"
+    subjects = [user] if key is None else [user, key]
+    query = select(UsageLimit.__table__).where(UsageLimit.subject.in_(subjects))
     found = {row["subject"]: _limits(row) for row in connection.execute(query).mappings()}
-    return found.get(user, Limits()), found.get(key, Limits())
+    return found.get(user, Limits()), found.get(key or "", Limits())
 
 
 def _row(connection: Connection, subject: str) -> Limits | None:

@@ -48,7 +48,11 @@ class PolicyReader:
         pepper = self._pepper
         return self._read(lambda connection: keys.authenticate(connection, presented, at, pepper=pepper))
 
-    def limits(self, user_id: str, key_id: str) -> tuple[Limits, Limits]:
+    def logged_in(self, user_id: str) -> Principal:
+        """The user whom an identity provider vouches for. Raises LoginNotAccepted."""
+        return self._read(lambda connection: keys.logged_in(connection, user_id))
+
+    def limits(self, user_id: str, key_id: str | None) -> tuple[Limits, Limits]:
         """What is set for the user and for the key; what is not set is the gateway's to say."""
         return self._read(lambda connection: limits_of(connection, user_id, key_id))
 

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from inference_gateway import request_record
 from inference_gateway.engine.base import Failed
 from inference_gateway.errors import EngineStopped, NotReady, Refused
+from inference_gateway.oidc.errors import IssuerUnreachable, LoginError
 from policy.errors import NotAllowed, NotAuthenticated, PolicyError, Unavailable
 from seqr.errors import SeqrError
 
@@ -93,6 +94,13 @@ class KeyMissing(ApiError):
     status = 401
 
 
+class CrossSiteRequest(ApiError):
+    """A request with the cookie of a log-in that does not prove to come from this gateway's own page."""
+
+    code = "cross_site_request"
+    status = 403
+
+
 class BodyTooLarge(ApiError):
     """A request body beyond the limit."""
 
@@ -118,7 +126,8 @@ def status_of(error: SeqrError | PolicyError) -> int:
     """The HTTP status of an error."""
     if isinstance(error, ApiError | Refused):
         return error.status
-    families = ((NotAuthenticated, 401), (NotAllowed, 403), ((Unavailable, NotReady, EngineStopped), 503))
+    unavailable = (Unavailable, NotReady, EngineStopped, IssuerUnreachable)
+    families = (((NotAuthenticated, LoginError), 401), (NotAllowed, 403), (unavailable, 503))
     return next((status for family, status in families if isinstance(error, family)), 500)
 
 

@@ -1,7 +1,7 @@
 """The playground: a page at / that talks to /v1 as any other client does, with a key that its user enters.
 
-It is served to anybody and holds nothing about users, silos or this gateway. It has no login by OpenID Connect: the
-gateway takes API keys only.
+Or with the cookie of a log-in, see ``inference_gateway.api.login``. It is served to anybody and holds nothing about
+users, silos or this gateway.
 """
 
 import hashlib

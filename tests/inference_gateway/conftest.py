@@ -18,7 +18,6 @@ from inference_gateway.app import create_app
 from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.service import Service
 from inference_gateway.settings import Settings
-from inference_gateway.tracing import Tracing
 from policy.db import create_engine_for, upgrade
 from policy.keys import create_pepper
 from policy.store import PolicyStore
@@ -107,15 +106,16 @@ def make_world(model_dir: Path, plan: Plan, gateway: Gateway) -> Callable[[Path]
 class Running:
     """A gateway under uvicorn in a thread."""
 
-    def __init__(self, world: World, tracing: Tracing | None = None):
+    def __init__(self, world: World, **service: Any):
         self.world = world
         self._clients: dict[str, openai.OpenAI] = {}
         client = CoordinatorClient(
             "http://coordinator", API_KEY, transport=httpx.ASGITransport(app=world.coordinator.app)
         )
-        self.service = Service(world.settings, client, tracing)
+        self.service = Service(world.settings, client, **service)
         self.app = create_app(self.service)
-        config = uvicorn.Config(self.app, port=0, ws="none", log_config=None, timeout_graceful_shutdown=2)
+        port = world.settings.port
+        config = uvicorn.Config(self.app, port=port, ws="none", log_config=None, timeout_graceful_shutdown=2)
         self.server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
 

@@ -217,3 +217,14 @@ def test_headers_tell_the_tighter_of_the_users_and_the_keys_limits(clock: FakeCl
 )
 def test_times_are_written_as_openai_does(nanoseconds: int, text: str) -> None:
     assert duration(nanoseconds) == text
+
+
+def test_somebody_without_a_key_is_held_to_the_users_limits_alone(clock: FakeClock) -> None:
+    limits, both = clock.limits(), (Limits(requests_per_minute=3), Limits(requests_per_minute=1))
+    for _ in range(2):
+        limits.reserve("alice", None, both, 10)
+    limits.reserve("alice", "key-alice", both, 10)
+    with pytest.raises(RateLimited, match="your limit of 3 requests per minute is reached"):
+        limits.reserve("alice", None, both, 10)
+    assert limits.headers("alice", None, both)["x-ratelimit-remaining-requests"] == "0"
+    limits.reserve("bob", None, both, 10)

@@ -82,7 +82,7 @@ def own(
     world.keys["ops"] = world.policy.create_key("ops", ["metrics"], **HOW).secret
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    server = Running(world, OtlpTracing(provider, exporter)).start()
+    server = Running(world, tracing=OtlpTracing(provider, exporter)).start()
     try:
         server.await_adapters("alpha")
         yield server

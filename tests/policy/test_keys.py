@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from policy import audit, errors, keys, listing
+from policy.limits import Limits
 from policy.reader import PolicyReader
 from policy.store import PolicyStore
 
@@ -191,3 +192,46 @@ def test_a_pepper_open_to_everybody_is_refused(tmp_path):
     (tmp_path / "pepper").chmod(0o644)
     with pytest.raises(errors.PepperInvalid):
         keys.load_pepper(tmp_path / "pepper")
+
+
+def test_a_log_in_counts_for_an_active_user_who_may_chat_and_for_chat_alone(small, engine, how):
+    small.set_roles("alice", ["admin", "service"], **how)
+    with PolicyReader(engine) as reader:
+        found = reader.logged_in("alice")
+        assert (found.user_id, found.key_id, found.scopes) == ("alice", None, {"chat"})
+        assert found.roles == {"admin", "service"}
+        with pytest.raises(errors.ScopeMissing):
+            found.require("metrics")
+
+
+def test_a_log_in_of_anybody_else_is_refused_in_the_same_words(small, engine, how):
+    small.create_user("clerk", ["auditor"], **how)
+    small.disable_user("bob", **how)
+    with PolicyReader(engine) as reader:
+        reader.logged_in("alice")
+        for user_id in ("nobody", "bob", "clerk", "Alice", "alice ", "", "\x00", "\ud800", "a" * 201):
+            with pytest.raises(errors.LoginNotAccepted) as refused:
+                reader.logged_in(user_id)
+            assert refused.value.code == "login_not_accepted"
+            assert (
+                str(refused.value) == "You are not logged in as an active user who may ask this gateway; ask an admin."
+            )
+
+
+def test_a_user_who_is_disabled_is_out_at_the_next_look(small, engine, how):
+    with PolicyReader(engine) as reader:
+        reader.logged_in("alice")
+        small.disable_user("alice", **how)
+        with pytest.raises(errors.LoginNotAccepted):
+            reader.logged_in("alice")
+        small.enable_user("alice", **how)
+        assert reader.logged_in("alice").user_id == "alice"
+
+
+def test_somebody_without_a_key_has_the_users_limits_and_no_keys(small, engine, how):
+    key_id, _ = small.create_key("alice", ["chat"], **how)
+    small.set_limits("user:alice", Limits(requests_per_minute=2), **how)
+    small.set_limits(f"key:{key_id}", Limits(requests_per_minute=1), **how)
+    with PolicyReader(engine) as reader:
+        assert reader.limits("alice", key_id) == (Limits(requests_per_minute=2), Limits(requests_per_minute=1))
+        assert reader.limits("alice", None) == (Limits(requests_per_minute=2), Limits())

@@ -65,7 +65,7 @@ export class Answer {
     this.#end("stopped by you");
   }
 
-  /** Shows what went wrong; `again` asks once more, `login` asks for another key. */
+  /** Shows what went wrong; `again` asks once more, `login` leads back to the log-in. */
   fail(error, again, login) {
     if (!(error instanceof GatewayError)) throw error;
     const { title, detail, again: helps, after } = explain(error);
@@ -73,7 +73,7 @@ export class Answer {
     this.#problem.replaceChildren(
       element("strong", {}, title), element("p", {}, detail), ...(code ? [element("p", { class: "hint" }, code)] : []));
     if (error.status === 401) {
-      this.#problem.append(element("button", { type: "button", onclick: login }, "Log in with another key"));
+      this.#problem.append(element("button", { type: "button", onclick: login }, "Log in again"));
     } else if (helps) {
       const button = element("button", { type: "button", onclick: again }, "Ask again");
       this.#problem.append(button);

@@ -4,6 +4,10 @@ import { eventData } from "./sse.js";
 
 const SILO_PREFIX = "silo:";
 
+/** In place of a key: the browser's log-in with the identity provider, whose cookie no script can read. */
+export const SESSION = Symbol("session");
+const PROOF = { "X-Seqr-Session": "1" };
+
 /** What went wrong: `status` is HTTP's, 0 when no answer came, and null when the answer broke off while it was read. */
 export class GatewayError extends Error {
   constructor(message, { status = null, code = "", param = null, retryAfter = null } = {}) {
@@ -11,6 +15,19 @@ export class GatewayError extends Error {
     Object.assign(this, { status, code, param, retryAfter });
   }
 }
+
+/** {issuer, session}: the identity provider's host or null, and whether this browser is logged in with it. */
+export async function loginWays() {
+  try {
+    return await (await request("auth/session", SESSION, {})).json();
+  } catch (error) {
+    if (error instanceof GatewayError) return { issuer: null, session: false };
+    throw error;
+  }
+}
+
+/** Ends this browser's log-in, also for its other tabs. Throws GatewayError. */
+export const endSession = () => request("auth/logout", SESSION, { method: "POST" });
 
 /** The base model's name and the silos that this key may use. */
 export async function models(key, signal) {
@@ -65,8 +82,9 @@ function* parts(chunk) {
 async function request(path, key, options) {
   let response;
   try {
-    const headers = { ...options.headers, Authorization: `Bearer ${key}` };
-    response = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
+    const headers = { ...options.headers, ...(key === SESSION ? PROOF : { Authorization: `Bearer ${key}` }) };
+    const credentials = key === SESSION ? "same-origin" : "omit";
+    response = await fetch(path, { ...options, headers, cache: "no-store", credentials });
   } catch (error) {
     if (options.signal?.aborted) throw error;
     throw new GatewayError("No answer came from the gateway.", { status: 0 });

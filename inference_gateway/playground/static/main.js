@@ -1,16 +1,17 @@
 // The page: log in, ask, stop, compare, log out.
 
 import { Answer } from "./answer.js";
-import { GatewayError, chat, models } from "./api.js";
+import { GatewayError, SESSION, chat, endSession, loginWays, models } from "./api.js";
 import { byId, element } from "./dom.js";
 import { look } from "./palette.js";
-import { explain } from "./problems.js";
+import { explain, explainLogin } from "./problems.js";
 import { close as closeScores } from "./scores.js";
 import { chosen, described, isKnown, reset, setName, showSets, showSilos } from "./silos.js";
 
 const STORED = "seqr-api-key";
 const WIDE = matchMedia("(min-width: 56rem)");
 
+/** A key, SESSION for a log-in with the identity provider, or "" while logged out. */
 let key = "";
 let model = "";
 /** [{prompt, answers: [Answer], columns, node}] */
@@ -21,16 +22,15 @@ const running = new Set();
 // Log in and out.
 
 async function logIn(presented) {
-  const problem = byId("login-error");
-  problem.hidden = true;
+  byId("login-error").hidden = true;
   byId("login-button").disabled = true;
   try {
-    if (!/^[\x21-\x7e]+$/.test(presented)) {
+    if (presented !== SESSION && !/^[\x21-\x7e]+$/.test(presented)) {
       throw new GatewayError("An API key has no spaces and only ASCII characters.", { status: 401 });
     }
     const seen = await models(presented);
     key = presented;
-    sessionStorage.setItem(STORED, key);
+    if (key !== SESSION) sessionStorage.setItem(STORED, key);
     byId("key").value = "";
     showModels(seen);
     showPage(true);
@@ -39,18 +39,23 @@ async function logIn(presented) {
     if (!(error instanceof GatewayError)) throw error;
     showPage(false);
     if (error.status === 401) sessionStorage.removeItem(STORED);
-    byId("key").value = presented;
+    if (presented !== SESSION) byId("key").value = presented;
     const { title, detail } = explain(error);
-    problem.replaceChildren(element("strong", {}, title), element("p", {}, detail));
-    problem.hidden = false;
+    showLoginProblem(title, detail);
     byId("key").focus();
   } finally {
     byId("login-button").disabled = false;
   }
 }
 
-function logOut() {
+function showLoginProblem(title, detail) {
+  byId("login-error").replaceChildren(element("strong", {}, title), element("p", {}, detail));
+  byId("login-error").hidden = false;
+}
+
+async function logOut() {
   sessionStorage.removeItem(STORED);
+  const hadSession = key === SESSION;
   key = "";
   clear();
   reset();
@@ -58,8 +63,33 @@ function logOut() {
   byId("spoken").replaceChildren();
   for (const id of ["prompt", "system", "max-tokens", "temperature", "seed", "routing"]) byId(id).value = "";
   byId("compare").checked = false;
+  byId("login-error").hidden = true;
   showPage(false);
   byId("key").focus();
+  if (!hadSession) return;
+  try {
+    await endSession();
+  } catch (error) {
+    if (!(error instanceof GatewayError)) throw error;
+    showLoginProblem("This browser is still logged in", explain(error).detail);
+  }
+}
+
+/** Shows the ways to log in, and goes on with a log-in that is there already. */
+async function begin() {
+  const problem = /^#login=([a-z_]+)$/.exec(location.hash)?.[1];
+  if (problem) history.replaceState(null, "", location.pathname + location.search);
+  const stored = sessionStorage.getItem(STORED);
+  if (stored) logIn(stored);
+  else {
+    showPage(false);
+    byId("key").focus();
+  }
+  const { issuer, session } = await loginWays();
+  byId("login-link").textContent = `Log in with ${issuer}`;
+  byId("login-ways").hidden = issuer === null;
+  if (problem) showLoginProblem("You are not logged in", explainLogin(problem));
+  else if (session && !stored && !key) await logIn(SESSION);
 }
 
 function showPage(loggedIn) {
@@ -252,9 +282,4 @@ byId("compare").addEventListener("change", () => showSets(sets()));
 WIDE.addEventListener("change", () => (byId("options").open = WIDE.matches));
 byId("options").open = WIDE.matches;
 
-const stored = sessionStorage.getItem(STORED);
-if (stored) logIn(stored);
-else {
-  showPage(false);
-  byId("key").focus();
-}
+await begin();

@@ -69,16 +69,21 @@ class FakeGateway:
         self.by_set: Callable[[Sequence[str]], Script] | None = None
         self.bodies: list[dict[str, Any]] = []
         self.keys_seen: set[str] = set()
+        self.issuer: str | None = None
         self.left = threading.Event()
         self.app = FastAPI(openapi_url=None)
         self.app.include_router(create_router())
+        self.app.get("/auth/session")(self._session)
         self.app.get("/v1/models")(self._models)
         self.app.post("/v1/chat/completions")(self._chat)
 
     def reset(self) -> None:
-        self.silos, self.key = ["bank", "clinic", "school"], KEY
+        self.silos, self.key, self.issuer = ["bank", "clinic", "school"], KEY, None
         self.refusals, self.bodies, self.script, self.by_set = [], [], None, None
         self.left.clear()
+
+    async def _session(self) -> dict[str, Any]:
+        return {"issuer": self.issuer, "session": False}
 
     def _refused(self, request: Request) -> Response | None:
         self.keys_seen.add(request.headers.get("authorization", ""))

@@ -46,6 +46,11 @@ def main(folder: Path) -> None:
         guest.page.get_by_role("alert").wait_for()
         save(guest, "login")
 
+        fake.issuer = "login.example.org"
+        guest = Visit(browser, server.url, viewport={"width": 1200, "height": 480}, color_scheme="light").open()
+        guest.page.get_by_role("link", name="Log in with login.example.org").wait_for()
+        save(guest, "login-provider")
+
         for scheme in ("light", "dark"):
             user = asked(browser, server.url, fake, scheme, **DESKTOP)
             user.text.get_by_text("account").click()

@@ -39,7 +39,7 @@ def test_a_key_that_ended_leads_back_to_the_login(fake: FakeGateway, user: Visit
     user.ask("hi")
     user.finished(1)
     expect(user.answers.get_by_role("alert")).to_contain_text("The key is not accepted")
-    user.page.get_by_role("button", name="Log in with another key").click()
+    user.page.get_by_role("button", name="Log in again").click()
     expect(user.page.get_by_label("API key")).to_be_focused()
     assert user.page.evaluate("sessionStorage.length") == 0
 
