@@ -1,18 +1,27 @@
 """The gateway's own engine with a library of any size, and one run of concurrent streams through it."""
 
 import asyncio
+import ctypes
+import gc
+import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from inference_gateway.engine.base import AdapterKey, Failed, Finished, GenerationRequest
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
 from seqr.bench.errors import BenchFailed
+from seqr.bench.gateway.crowd import resident_bytes
 from seqr.bench.gateway.sample import Sample
-from seqr.library import Column, Library
+from seqr.bench.gateway.shelf import random_columns, speech
+from seqr.bench.routing.memory import measured_bytes
+from seqr.library import Library
 from seqr.models import load_base_model
 from seqr.plan import Plan
 from seqr.routed_linear import adapt_model
@@ -32,7 +41,7 @@ class FilledEngine(TransformersEngine):
 
     async def fill(self, library: Library) -> frozenset[AdapterKey]:
         """Make ``library`` the engine's; returns its adapters' keys."""
-        keys = frozenset(AdapterKey(silo, revision, f"bench-{silo}") for silo, revision in library.columns)
+        keys = frozenset(_key(silo, revision) for silo, revision in library.columns)
         await asyncio.to_thread(self._change, lambda _old: library, lambda _old: keys)
         return keys
 
@@ -47,16 +56,64 @@ class Load:
     kv_tokens: int
 
 
-async def start_engine(path: Path, plan: Plan, columns: Sequence[Column], load: Load) -> FilledEngine:
-    """An engine over a model of its own, with ``columns`` resident."""
-    model, _ = load_base_model(path, getattr(torch, load.dtype), "sdpa")
-    adapt_model(model, plan, verify_a(plan))
-    limits = EngineLimits(max_concurrent=len(load.prompts), kv_tokens=load.kv_tokens)
-    engine = FilledEngine(model, plan, NoGuard(), [], limits)
+class MeasuredEngine:
+    """A filled engine and what its streams ask for."""
+
+    def __init__(self, engine: FilledEngine, load: Load, library: Library, drawn: int):
+        self._engine = engine
+        self._load = load
+        self._library = library
+        self._drawn = drawn
+
+    async def run(self, permitted: int, mode: str, attribution: bool = False, streams: int | None = None) -> Sample:
+        """The first ``streams`` prompts at once, or all; each stream may use the first ``permitted`` silos."""
+        load = replace(self._load, prompts=self._load.prompts[:streams])
+        keys = frozenset(_key(silo, revision) for silo, revision in self._library.columns[:permitted])
+        return await run_streams(self._engine, load, keys, mode, attribution)
+
+    async def memory(self) -> dict[str, Any]:
+        """Bytes per adapter: of tensors, and by how much this process grew when they were drawn."""
+        count = len(self._library.silos)
+        return {
+            "adapters": count,
+            "tensor bytes per adapter": measured_bytes(self._library) / count,
+            "resident bytes per adapter": self._drawn / count,
+        }
+
+
+async def start_engine(path: Path, plan: Plan, load: Load, adapters: int, threads: int) -> MeasuredEngine:
+    """An engine over a model of its own, with so many adapters resident. Only its worker computes in parallel."""
+    torch.set_num_threads(1)
+    # In a thread that ends, and OpenMP's pool with it.
+    with ThreadPoolExecutor(1) as once:
+        build = partial(_build, path, plan, load, adapters, threads)
+        engine, library, drawn = await asyncio.get_running_loop().run_in_executor(once, build)
     await engine.start()
-    if columns:
-        await engine.fill(Library(plan, columns, version=1))
-    return engine
+    if adapters:
+        await engine.fill(library)
+    return MeasuredEngine(engine, load, library, drawn)
+
+
+def _build(path: Path, plan: Plan, load: Load, adapters: int, threads: int) -> tuple[FilledEngine, Library, int]:
+    torch.set_num_threads(threads)
+    model, tokenizer = load_base_model(path, getattr(torch, load.dtype), "sdpa")
+    z = speech(model, tokenizer, plan) if adapters else {}
+    before = _resident_bytes_here()
+    columns = random_columns(plan, adapters, z)
+    drawn = _resident_bytes_here() - before
+    adapt_model(model, plan, verify_a(plan))
+    limits = EngineLimits(max_concurrent=len(load.prompts), kv_tokens=load.kv_tokens, threads=threads)
+    return FilledEngine(model, plan, NoGuard(), [], limits), Library(plan, columns, version=1), drawn
+
+
+def _key(silo: str, revision: int) -> AdapterKey:
+    return AdapterKey(silo, revision, f"bench-{silo}")
+
+
+def _resident_bytes_here() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc: what was freed is given back, or a few adapters would fit into it
+    return resident_bytes(os.getpid())
 
 
 async def run_streams(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from seqr.bench.errors import BenchOptionInvalid
 
+_QUICK = {"streams": 4, "answers": 5, "load_streams": 6}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -26,8 +28,9 @@ class Options:
 
     def quick(self) -> "Options":
         """The same in miniature."""
-        small = replace(self, adapters=(2, 3), prompt=12, tokens=6, rounds=2, peft_most=2, answers=5)
-        return replace(small, streams=min(self.streams, 4), load_streams=min(self.load_streams, 6), load_seconds=3.0)
+        small = replace(self, adapters=(2, 3), prompt=12, tokens=6, rounds=2, peft_most=2, load_seconds=3.0)
+        fewer = {name: min(getattr(self, name), most) for name, most in _QUICK.items()}
+        return replace(small, **fewer)
 
     @property
     def kv_tokens(self) -> int:
@@ -37,11 +40,13 @@ class Options:
 
 def check(options: Options, threads: int) -> None:
     """Raises ``BenchOptionInvalid``."""
-    for name in ("streams", "prompt", "tokens", "rounds", "rank", "answers", "load_streams"):
+    for name in ("streams", "prompt", "tokens", "rounds", "rank", "load_streams"):
         if getattr(options, name) < 1:
             raise BenchOptionInvalid(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.load_seconds <= 0:
         raise BenchOptionInvalid(f"--load-seconds must be more than 0, got {options.load_seconds:g}")
+    if options.answers < 0:
+        raise BenchOptionInvalid(f"--answers must not be negative, got {options.answers}")
     if threads < 0:
         raise BenchOptionInvalid(f"--threads must not be negative, got {threads}")
     if options.dtype not in ("bfloat16", "float32"):

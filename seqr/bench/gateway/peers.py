@@ -1,4 +1,4 @@
-"""The peers in this process: transformers' ``generate`` on a static batch, bare and with peft's Arrow model."""
+"""The peers of this Python: transformers' ``generate`` on a static batch, bare and with peft's Arrow model."""
 
 import tempfile
 import time
@@ -54,21 +54,26 @@ class Static:
         return Sample(seconds, cpu_seconds, made, (clock.first - wall,) * out.shape[0])
 
 
-def plain(path: Path, load: Load) -> Static:
+async def plain(path: Path, load: Load, threads: int) -> Static:
     """The base model alone."""
+    torch.set_num_threads(threads)
     return Static(load_base_model(path, getattr(torch, load.dtype), "sdpa")[0], load)
 
 
-def arrow(path: Path, plan: Plan, count: int, load: Load) -> Static:
-    """peft's Arrow over ``count`` adapters of the plan's rank and Linears, top_k 1. Raises ``BenchPeerMissing``."""
+async def arrow(path: Path, plan: Plan, load: Load, count: int, threads: int, scratch: Path) -> Static:
+    """peft's Arrow over ``count`` adapters of the plan's rank and Linears, top_k 1. Raises ``BenchPeerMissing``.
+
+    ``scratch``: a folder for the checkpoints that peft reads, which are gone afterwards.
+    """
     try:
         from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
     except ImportError:
         raise BenchPeerMissing("peft's Arrow was not measured: pip install 'seqr[silo]'") from None
+    torch.set_num_threads(threads)
     dtype = getattr(torch, load.dtype)
     names = [spec.name for spec in plan.modules]
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
         config = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules=names, init_lora_weights=False)
         one = get_peft_model(load_base_model(path, dtype, "sdpa")[0], config)
         folders = []

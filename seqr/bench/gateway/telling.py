@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from seqr.bench.errors import BenchFailed
-from seqr.bench.gateway.engines import FilledEngine, Load, run_streams
+from seqr.bench.gateway.child import Child
 from seqr.bench.gateway.options import Options
 from seqr.bench.gateway.serving import Served, served_gateway
 from seqr.bench.gateway.shelf import silo_name
@@ -64,15 +64,12 @@ def _refused(served: Served, silo: str) -> Iterator[float]:
             yield seconds
 
 
-async def crowded(
-    small: FilledEngine, large: FilledEngine, load: Load, keys: Any, times: int, resident: tuple[int, int]
-) -> dict[str, Any]:
-    """How long an answer takes its user, who may use ``keys``, without and with other silos resident."""
-    one_stream = Load(load.prompts[:1], load.tokens, load.dtype, load.kv_tokens)
+async def crowded(small: Child, large: Child, sizes: tuple[int, int], times: int) -> dict[str, Any]:
+    """How long an answer takes the user of all of the small engine's silos there, and in the large one."""
     found: tuple[list[float], list[float]] = ([], [])
     for turn in range(times + 1):
         for engine, seconds in zip((small, large), found, strict=True):
-            sample = await run_streams(engine, one_stream, keys, "prompt_evidence")
+            sample = await engine.ask("run", sizes[0], "prompt_evidence", False, 1)
             if turn:
                 seconds.append(sample.seconds)
-    return compare(f"answer of a user of {resident[0]} silos, {resident[0]} or {resident[1]} resident", *found)
+    return compare(f"answer of a user of {sizes[0]} silos, {sizes[0]} or {sizes[1]} resident", *found)

@@ -6,20 +6,22 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
 from seqr.bench.cli import app
 from seqr.bench.errors import BenchFailed, BenchOptionInvalid, BenchPeerMissing
 from seqr.bench.gateway import command
+from seqr.bench.gateway.child import Child
 from seqr.bench.gateway.crowd import Tally, as_figures, crowd, flatness
-from seqr.bench.gateway.engines import Load
+from seqr.bench.gateway.engines import Load, MeasuredEngine, start_engine
 from seqr.bench.gateway.options import Options, check, sizes
 from seqr.bench.gateway.report import to_markdown
 from seqr.bench.gateway.sample import Case, Sample, figures, interleave, quantile
@@ -42,7 +44,7 @@ def options(at: Path, **changes: Any) -> Options:
 
 
 def run(model: Path, out: Path, *flags: str) -> dict[str, Any]:
-    sizing = ["--model", str(model), "--rank", "4", "--dtype", "float32", "--threads", "1"]
+    sizing = ["--model", str(model), "--rank", "4", "--threads", "1"]
     result = CliRunner().invoke(app, ["gateway", "--quick", *flags, *sizing, "--out", str(out)])
     assert result.exit_code == 0, result.output
     return dict(json.loads((out / "gateway.json").read_text()))
@@ -65,7 +67,56 @@ def test_one_run_measures_the_engine_at_every_size_beside_its_peers(tiny: Path, 
     assert any("--vllm-python" in note for note in report["notes"])
     page = (tmp_path / "out/gateway.md").read_text()
     assert all(f"| {name} |" in page for name in wanted) and "B drawn at random" in page
+    assert report["workload"]["dtype"] == "float32"
     assert str(tmp_path) not in page  # no path of the machine that it was made on
+
+
+class Watched:
+    """An engine, and how many threads torch has in each thread of its process."""
+
+    def __init__(self, engine: MeasuredEngine):
+        self._engine = engine
+
+    async def threads(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {"worker": set(), "main": {torch.get_num_threads()}}
+        hook = register_module_forward_pre_hook(lambda _module, _inputs: found["worker"].add(torch.get_num_threads()))
+        await self._engine.run(2, "prompt_evidence")
+        hook.remove()
+        found["main"].add(torch.get_num_threads())
+        found["others"] = {await asyncio.to_thread(torch.get_num_threads)}
+        fresh = threading.Thread(target=lambda: found["others"].add(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        return found
+
+
+async def watched(*args: Any) -> Watched:
+    return Watched(await start_engine(*args))
+
+
+def test_in_an_engines_process_only_its_worker_has_more_than_one_thread_of_torch(tiny: Path) -> None:
+    async def go() -> Any:
+        plan = bench_plan(tiny, load_base_model(tiny, torch.float32)[0], 4, "float32")
+        with closing(Child("the engine", watched, tiny, plan, LOAD, 2, 3)) as child:
+            await child.ready()
+            return await child.ask("threads")
+
+    assert asyncio.run(go()) == {"worker": {3}, "main": {1}, "others": {1}}
+
+
+def test_no_answers_are_timed_when_none_are_wanted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqr.bench.gateway.crowd.run_crowd", lambda given, _say: as_figures(Tally(), given))
+    report = run(tiny, tmp_path / "out", "--load", "--answers", "0")
+    assert "telling" not in report and "what the clock tells (--answers 0)" in report["notes"]
+    page = (tmp_path / "out/gateway.md").read_text()
+    assert "Not measured: what the clock tells (--answers 0)" in page and "Kolmogorov" not in page
+
+
+def test_quick_is_never_more_than_was_asked_for(tiny: Path) -> None:
+    quick = options(tiny, streams=16, answers=30, load_streams=200).quick()
+    assert (quick.streams, quick.answers, quick.load_streams) == (4, 5, 6)
+    few = options(tiny, streams=2, answers=0, load_streams=1).quick()
+    assert (few.streams, few.answers, few.load_streams) == (2, 0, 1)
 
 
 def test_the_load_run_asks_a_gateway_that_is_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
@@ -87,6 +138,7 @@ def test_the_load_run_asks_a_gateway_that_is_a_process_of_its_own(tiny: Path, tm
         ({"streams": 0}, "--streams must be at least 1, got 0"),
         ({"load_streams": 0}, "--load-streams must be at least 1, got 0"),
         ({"load_seconds": 0.0}, "--load-seconds must be more than 0, got 0"),
+        ({"answers": -1}, "--answers must not be negative, got -1"),
         ({"dtype": "int8"}, "--dtype must be bfloat16 or float32, got int8"),
     ],
 )
