@@ -37,7 +37,8 @@ def _workload(work: Report) -> str:
         "attention Linears, B drawn at random with the norm of trained ones: speed does not depend on its values. "
         f"{work['rounds']} rounds of all cases in turn after one that is not counted. Speeds count prompt and answer "
         "together: generated tokens over the seconds from the first request to the last token. A ratio is the median "
-        "of the rounds' own ratios, with the lowest and highest.\n"
+        "of the rounds' own ratios, with the lowest and highest. Between tokens: from one token of a stream to its "
+        "next, once it has begun, and the pace that this is of the same case.\n"
     )
 
 
@@ -53,9 +54,11 @@ def _speed(rows: Sequence[Report]) -> str:
         if "ratio" in r:
             ratio = f"{r['ratio']:.1%} ({r['lowest ratio']:.1%} to {r['highest ratio']:.1%}) of {r['against']}"
         first = [_time(r[name]) if name in r else "-" for name in ("first token p50", "first token p99")]
+        between = _time(r["between tokens p50"]) if "between tokens p50" in r else "-"
+        between += f" ({r['pace ratio']:.1%})" if "pace ratio" in r else ""
         spread = f"{r['lowest']:.1f} to {r['highest']:.1f}"
-        lines.append([r["case"], f"{r['tokens per second']:.1f}", spread, ratio, *first])
-    head = ["case", "tokens/s", "lowest and highest", "ratio", "first token p50", "p99"]
+        lines.append([r["case"], f"{r['tokens per second']:.1f}", spread, ratio, *first, between])
+    head = ["case", "tokens/s", "lowest and highest", "ratio", "first token p50", "p99", "between tokens (pace)"]
     return "## Speed\n\n" + _table(head, lines)
 
 

@@ -59,11 +59,23 @@ def figures(case: Case, samples: dict[str, list[Sample]]) -> dict[str, Any]:
     first = sorted(wait for one in mine for wait in one.first)
     if first:
         row |= {"first token p50": quantile(first, 0.5), "first token p99": quantile(first, 0.99)}
+    if mine[0].whole:
+        row["between tokens p50"] = statistics.median(between_tokens(one) for one in mine)
     if case.against is not None:
         ratios = sorted(ratio_of(one, its) for one, its in zip(mine, samples[case.against], strict=True))
         row |= {"against": case.against, "ratio": statistics.median(ratios)}
         row |= {"lowest ratio": ratios[0], "highest ratio": ratios[-1]}
+        theirs = samples[case.against]
+        if mine[0].whole and theirs[0].whole:
+            paces = [between_tokens(its) / between_tokens(one) for one, its in zip(mine, theirs, strict=True)]
+            row["pace ratio"] = statistics.median(paces)
     return row
+
+
+def between_tokens(one: Sample) -> float:
+    """Seconds from one token of a stream to its next, once it has begun: the median stream's mean."""
+    gaps = one.tokens / len(one.whole) - 1
+    return statistics.median((end - first) / gaps for first, end in zip(one.first, one.whole, strict=True))
 
 
 def ratio_of(one: Sample, other: Sample) -> float:

@@ -192,6 +192,16 @@ def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
     assert (row["first token p50"], row["first token p99"]) == (0.25, 0.4)
 
 
+def test_the_pace_is_that_between_a_streams_tokens() -> None:
+    async def never() -> Sample:
+        raise AssertionError
+
+    quick = Sample(10.0, 1.0, 12, (1.0, 2.0), (6.0, 7.0))  # six tokens a stream, five gaps of a second
+    slow = Sample(20.0, 1.0, 12, (1.0, 2.0), (11.0, 12.0))
+    row = figures(Case("slow", 0, never, "quick"), {"slow": [slow], "quick": [quick]})
+    assert row["between tokens p50"] == 2.0 and row["pace ratio"] == 0.5
+
+
 def test_quantiles_are_values_that_occurred() -> None:
     values = [float(number) for number in range(1, 101)]
     assert [quantile(values, share) for share in (0.5, 0.99, 1.0)] == [50.0, 99.0, 100.0]
