@@ -1,4 +1,4 @@
-"""Isolation in the engine: what a user may not use changes no bit of that user's tokens or logits.
+"""Isolation in the engine: what a user may not use changes no bit of that user's tokens, logits, logprobs or shares.
 
 All requests of a scenario are in the queue before the first step, so that the batches have one fixed composition.
 """
@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from inference_gateway.engine.base import AdapterKey, GenerationRequest, Tokens
+from inference_gateway.engine.base import (
+    AdapterKey,
+    GenerationRequest,
+    Sampling,
+    TokenLogprobs,
+    Tokens,
+    TokenShares,
+)
 from inference_gateway.engine.transformers_engine import TransformersEngine
 from seqr.plan import Plan
 from tests.inference_gateway.support import Resident, prompts, random_adapter, resident, serve
@@ -21,7 +28,8 @@ from tests.inference_gateway.support import Resident, prompts, random_adapter, r
 MODES = ("prompt_evidence", "evidence", "per_token")
 MINE = prompts(1, seed=8)[0] + prompts(1, seed=9)[0]
 LENGTH = 16
-Seen = tuple[list[int], list[torch.Tensor]]
+Told = list[tuple[TokenLogprobs, TokenShares]]
+Seen = tuple[list[int], list[torch.Tensor], Told]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,7 @@ class Observer:
     def __init__(self, engine: TransformersEngine):
         self.engine = engine
         self.logits: list[torch.Tensor] = []
+        self.told: Told = []
         self._pick = engine.pick
         engine.pick = self._spy  # type: ignore[method-assign]
 
@@ -57,6 +66,8 @@ class Observer:
         async for event in self.engine.generate(request):
             if isinstance(event, Tokens):
                 tokens.extend(event.ids)
+                if request.request_id == "mine":
+                    self.told.extend(zip(event.logprobs, event.shares, strict=True))
         return tokens
 
     async def together(self, requests: Sequence[GenerationRequest], during: Any = None) -> Seen:
@@ -79,17 +90,20 @@ class Observer:
         while during is not None and not mine.done():
             await during()
         await asyncio.gather(first, *jobs)
-        return await mine, self.logits
+        return await mine, self.logits, self.told
 
 
 def request(name: str, prompt: Sequence[int], keys: Sequence[AdapterKey], mode: str) -> GenerationRequest:
-    return GenerationRequest(name, tuple(prompt), LENGTH, frozenset(keys), mode)
+    mine = name == "mine"
+    sampling = Sampling(logprobs=5) if mine else Sampling()
+    return GenerationRequest(name, tuple(prompt), LENGTH, frozenset(keys), mode, sampling=sampling, attribution=mine)
 
 
 def same(one: Seen, other: Seen) -> bool:
-    """The same tokens from the same bits."""
-    assert len(one[0]) == len(one[1]) > 0
-    return one[0] == other[0] and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    """The same tokens from the same bits, told in the same numbers."""
+    assert len(one[0]) == len(one[1]) == len(one[2]) > 0
+    told = one[0] == other[0] and one[2] == other[2]
+    return told and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
 def observe(

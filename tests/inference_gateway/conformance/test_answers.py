@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from inference_gateway.engine.base import AdapterKey, Engine, Failed, Finished, GenerationRequest, Tokens
+from inference_gateway.engine.base import AdapterKey, Engine, Failed, Finished, GenerationRequest, Tokens, TokenShares
+from seqr.plan import Plan
 from tests.inference_gateway.support import Reference, Resident, prompts, run
 
 NEAR_TIE = 2e-5
@@ -90,6 +91,30 @@ def test_24_mixed_users_get_the_tokens_of_the_slow_reference(
     assert all(isinstance(user.end, Finished) for user in everybody)
     assert [user.tokens for user in everybody] == [user.expected for user in everybody]
     assert len({(user.silos, user.mode) for user in everybody}) == len(SETS) * len(MODES)
+
+
+def test_attribution_tells_in_how_many_modules_the_slow_reference_chose_each_silo(
+    make_engine: MakeEngine, plan: Plan, residents: dict[str, Resident], first: list[Resident], reference: Reference
+) -> None:
+    asking = users(reference, 9, seed=5, sets=(("alpha", "beta", "gamma"), ("alpha", "gamma"), ("beta",)))
+    told: list[list[TokenShares]] = [[] for _ in asking]
+
+    async def ask(engine: Engine, index: int, user: User) -> None:
+        keys = frozenset(residents[silo].key for silo in user.silos)
+        request = GenerationRequest(f"r{index}", tuple(user.prompt), LENGTH, keys, user.mode, attribution=True)
+        async for event in engine.generate(request):
+            if isinstance(event, Tokens):
+                told[index].extend(event.shares)
+
+    async def use(engine: Engine) -> None:
+        await asyncio.gather(*(ask(engine, i, user) for i, user in enumerate(asking)))
+
+    with_engine(make_engine(), first, use)
+    for user, shares in zip(asking, told, strict=True):
+        reference.answer(user.prompt, user.silos, user.mode, LENGTH)
+        assert [dict(one.counts) for one in shares] == reference.shares
+        assert {one.choices for one in shares} == {len(plan.modules)}
+    assert any(len(one.counts) > 1 for shares in told for one in shares)
 
 
 def test_swaps_and_revocations_in_the_middle_touch_nobody_else(
