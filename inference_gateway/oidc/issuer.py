@@ -56,13 +56,18 @@ class Kept(Generic[T]):
     async def get(self, again: bool = False) -> T:
         """``again``: fetch it anew even if it is fresh. Raises IssuerUnreachable."""
         tried = self._tried
-        if again or self._clock() - self._fetched > FRESH_S:
+        # While somebody is asking already, nobody else waits for a document that is merely old.
+        asking = self._lock.locked() and self._age() <= USABLE_S
+        if again or (self._age() > FRESH_S and not asking):
             async with self._lock:
                 if self._tried == tried and self._clock() - tried >= PAUSE_S:
                     await self._refresh()
-        if self._value is None or self._clock() - self._fetched > USABLE_S:
+        if self._value is None or self._age() > USABLE_S:
             raise IssuerUnreachable("the identity provider cannot be reached, so log-ins cannot be checked; try again")
         return self._value
+
+    def _age(self) -> float:
+        return self._clock() - self._fetched
 
     async def _refresh(self) -> None:
         self._tried = self._clock()

@@ -77,6 +77,7 @@ class Provider:
         self._codes: dict[str, dict[str, str]] = {}
 
     def stop(self) -> None:
+        self.hold.set()
         self._served.stop()
 
     def token(self, signer: Signer | None = None, header: Mapping[str, Any] | None = None, **claims: Any) -> str:
@@ -89,7 +90,7 @@ class Provider:
 
     async def _discovery(self) -> dict[str, Any]:
         self.asked.append("discovery")
-        await asyncio.to_thread(self.hold.wait, 5)
+        await asyncio.to_thread(self.hold.wait, 20)
         document = {
             "issuer": self.issuer,
             "authorization_endpoint": f"{self.issuer}/authorize",

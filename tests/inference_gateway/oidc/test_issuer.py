@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jwt
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 
 from inference_gateway.oidc.errors import IssuerUnreachable
 from inference_gateway.oidc.login import Oidc
-from tests.inference_gateway.conftest import Running
+from tests.inference_gateway.conftest import Running, wait_until
 from tests.inference_gateway.oidc.conftest import Clock, oidc_settings
 from tests.inference_gateway.oidc.provider import CLIENT, Provider, Signer, unsigned
 from tests.inference_gateway.oidc.test_tokens import NO_KEY, ask, refused
@@ -94,6 +95,23 @@ def test_a_short_key_is_refused(house: Running, provider: Provider) -> None:
     with pytest.warns(UserWarning, match="1024 bits"):
         token = provider.token(short)
     assert refused(house, token) == "its key is too short or of another kind than its algorithm"
+
+
+def test_a_provider_that_hangs_holds_up_no_more_than_who_asks_it(
+    house: Running, provider: Provider, clock: Clock
+) -> None:
+    token = provider.token()
+    assert ask(house, token).status_code == 200
+    clock.forward(301)
+    before = len(provider.asked)
+    provider.hold.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, house, token)
+        wait_until(lambda: len(provider.asked) > before)
+        assert ask(house, token).status_code == 200
+        assert not first.done()
+        provider.hold.set()
+        assert first.result().status_code == 200
 
 
 def told(provider: Provider, caplog: pytest.LogCaptureFixture, clock: Clock, tmp_path: Any) -> str:
