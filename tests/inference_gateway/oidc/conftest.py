@@ -1,6 +1,5 @@
 """An identity provider, and a gateway that takes its log-ins, with clocks that the tests move."""
 
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from inference_gateway.oidc.settings import OidcSettings
 from inference_gateway.service import Service
 from policy.store import PolicyStore
 from seqr.plan import Plan
+from seqr.supervisor import free_port
 from tests.inference_gateway.conftest import HOW, Running, World
 from tests.inference_gateway.oidc.provider import CLIENT, Provider
 from tests.inference_gateway.support import random_adapter
@@ -49,12 +49,6 @@ def provider() -> Iterator[Provider]:
 def _fresh(provider: Provider, clock: Clock) -> None:
     provider.reset()
     clock.forward(3600 * 1000)  # whatever was kept or begun before is over
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def oidc_settings(provider: Provider, public_url: str = "https://gateway.example", **more: Any) -> OidcSettings:
