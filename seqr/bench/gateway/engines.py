@@ -83,8 +83,7 @@ class MeasuredEngine:
 
 async def start_engine(path: Path, plan: Plan, load: Load, adapters: int, threads: int) -> MeasuredEngine:
     """An engine over a model of its own, with so many adapters resident. Only its worker computes in parallel."""
-    torch.set_num_threads(1)
-    # In a thread that ends, and OpenMP's pool with it.
+    # In a thread that ends, and OpenMP's pool with it; this one has not computed and is left with one thread.
     with ThreadPoolExecutor(1) as once:
         build = partial(_build, path, plan, load, adapters, threads)
         engine, library, drawn = await asyncio.get_running_loop().run_in_executor(once, build)
