@@ -267,6 +267,7 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
     def _create_batch_processor(self) -> Any:
         if self.edge.threads is not None:
             torch.set_num_threads(self.edge.threads)
+            torch.get_num_threads()  # without this the thread would take over the next number set anywhere
         processor = super()._create_batch_processor()
         if processor.cache.use_prefix_sharing:
             self.edge._name_blocks(processor.cache)
