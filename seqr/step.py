@@ -330,11 +330,9 @@ def _standings(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, standing) of S sequences -> their evidence fp64 [S, N] and which columns may be chosen, bool [S, N]."""
     library = rows.library
-    nothing = [0.0] * library.width
-    value = torch.tensor(
-        [nothing if s is None else s.row(library.columns, library.width) for _, s in standings],
-        dtype=torch.float64,
-        device=library.device,
+    nothing = torch.zeros(library.width, dtype=torch.float64)
+    value = torch.stack([nothing if s is None else s.row(library.columns, library.width) for _, s in standings]).to(
+        library.device
     )
     row = torch.tensor([row if s is not None else 0 for row, s in standings], device=library.device)
     return value, rows.table.index_select(0, row) & library.finite

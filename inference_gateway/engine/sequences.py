@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from inference_gateway.engine.base import Event, Failed, GenerationRequest, Shares, Tokens, TokenShares
 from inference_gateway.engine.sampling import Sampler
@@ -50,7 +51,7 @@ class Sequence:
     def pass_id(self) -> str:
         return self.request.request_id + (READING if self.reading else "")
 
-    @property
+    @cached_property
     def silos(self) -> frozenset[str]:
         return frozenset(key.silo_id for key in self.request.adapters)
 

@@ -68,7 +68,7 @@ def settled_columns(rows: "PermissionRows", segments: Sequence["Segment"]) -> li
         if segment.standing is None:
             columns.append(-1)
             continue
-        value = torch.tensor([segment.standing.row(library.columns, library.width)], dtype=torch.float64)
+        value = segment.standing.row(library.columns, library.width)[None]
         allowed = (rows.table[segment.row] & library.finite).cpu()
         columns.append(int(choose(value, allowed[None])[0]))
     return columns

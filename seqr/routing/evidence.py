@@ -24,7 +24,7 @@ bits on every device.
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -57,10 +57,21 @@ class Standing:
     """What a whole prompt has said for each adapter: (silo id, revision) -> its evidence in units of 2^-20."""
 
     units: Mapping[tuple[str, int], float]
+    _last: list[tuple[Columns, torch.Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def row(self, columns: Columns, width: int) -> list[float]:
-        """The evidence by column, ``width`` of them; 0 for an adapter that joined since, as for a padding column."""
-        return [self.units.get(column, 0.0) for column in columns] + [0.0] * (width - len(columns))
+    def row(self, columns: Columns, width: int) -> torch.Tensor:
+        """The evidence by column, fp64 [width] on the CPU; 0 for an adapter that joined since, as for a padding column.
+
+        Kept until it is asked for other columns: a sequence asks in every step, and a library changes seldom.
+        """
+        for known, row in self._last:
+            if known is columns and row.shape[0] == width:
+                return row
+        units = [self.units.get(column, 0.0) for column in columns] + [0.0] * (width - len(columns))
+        with torch.inference_mode(False):
+            row = torch.tensor(units, dtype=torch.float64, device="cpu")
+        self._last[:] = [(columns, row)]
+        return row
 
 
 @lru_cache(maxsize=1)

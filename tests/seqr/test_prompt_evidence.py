@@ -63,7 +63,7 @@ def test_the_permitted_silo_with_the_most_evidence_shapes_every_token(seed: int,
 @pytest.mark.parametrize("tokens", [2, 9, 40, 300])
 def test_a_word_counts_half_as_much_as_the_word_six_places_after_it(tokens: int) -> None:
     z = some_z(tokens, 11)
-    got = [units / GRID for units in read(z).row(LIBRARY.columns, 4)]
+    got = [units / GRID for units in read(z).row(LIBRARY.columns, 4).tolist()]
     assert got == pytest.approx(reference_standing(scores_of(z)), abs=1e-4 * MODULES)
 
 
@@ -91,7 +91,7 @@ def test_a_silo_that_joins_has_no_evidence_and_one_that_leaves_takes_its_own_alo
     standing = read(some_z(9, 3))
     first = settled(standing, SILOS)[0]
     without = LIBRARY.remove(LIBRARY.silos[first])
-    values = dict(zip(LIBRARY.silos, standing.row(LIBRARY.columns, 4), strict=True))
+    values = dict(zip(LIBRARY.silos, standing.row(LIBRARY.columns, 4).tolist(), strict=True))
     second = max(sorted(SILOS - {LIBRARY.silos[first]}), key=lambda silo: values[silo])
     assert [without.silos[c] for c in settled(standing, SILOS, without)] == [second]
     grown = LIBRARY.add("aa", 1, toy_adapter(PLAN, 77))
