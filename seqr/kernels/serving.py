@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from seqr.kernels.evidence_prefill import Chunks
 from seqr.kernels.permission_bits import pack_bits
 from seqr.kernels.step import Batch, DeviceStep, DeviceStepMismatch
