@@ -28,6 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/seqr demo $(ARGS)
 
+# Two workers of one thread each: more threads than processors make each other wait.
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
