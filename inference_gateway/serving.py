@@ -10,6 +10,8 @@ from inference_gateway.settings import Settings
 from seqr.logs import configure
 
 SHUTDOWN_S = 5
+# Longer than clients and proxies (nginx: 60 s) keep an idle connection, so that none is closed as it is used again.
+KEEP_ALIVE_S = 75
 
 
 def run(settings: Settings) -> None:
@@ -27,6 +29,7 @@ def run(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
     )
     asyncio.run(_serve(server, service))

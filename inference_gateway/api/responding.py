@@ -3,8 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -17,6 +17,8 @@ from inference_gateway.api.schema import GenerationBody
 from inference_gateway.api.streaming import EventStream, Form, events, first_piece
 from inference_gateway.service import Service
 from policy.keys import Principal
+
+T = TypeVar("T")
 
 
 class Format(Protocol):
@@ -47,22 +49,17 @@ async def answered(
     limit = service.settings.stream_buffer_events * len(asked.requests) if body.stream else None
     answers = begin(service, caller, asked, body.stops, limit)
     if body.stream:
-        return await _stream(service, answers, body, written.parts(), headers)
+        return await _stream(service, answers, body, written.parts(), headers, request)
     return await _plain(answers, written, headers, request)
 
 
 async def _plain(answers: Answers, written: Format, headers: Mapping[str, str], request: Request) -> Response:
-    collecting = asyncio.create_task(_collect(answers))
-    leaving = asyncio.create_task(_left(request))
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=499)  # nobody is there to read it
-        collected = collecting.result()
+        collected = await _while_there(request, _collect(answers))
+    except _ClientLeft:
+        return Response(status_code=499)  # nobody is there to read it
     finally:
-        collecting.cancel()
-        leaving.cancel()
-        await asyncio.gather(collecting, leaving, answers.aclose(), return_exceptions=True)
+        await answers.aclose()
     if isinstance(collected, Piece):
         return _refused(collected, headers)
     return JSONResponse(written.whole(collected), headers=dict(headers))
@@ -81,6 +78,24 @@ async def _collect(answers: Answers) -> Piece | list[tuple[list[ShownToken], Pie
     return [(tokens[index], ends[index]) for index in range(answers.count)]
 
 
+class _ClientLeft(Exception):
+    """Whoever asked is no longer there."""
+
+
+async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` gives; it is cancelled when the client goes first. Raises _ClientLeft then."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _ClientLeft
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
 async def _left(request: Request) -> None:
     """Returns when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -88,12 +103,15 @@ async def _left(request: Request) -> None:
 
 
 async def _stream(
-    service: Service, answers: Answers, body: GenerationBody, form: Form, headers: Mapping[str, str]
+    service: Service, answers: Answers, body: GenerationBody, form: Form, headers: Mapping[str, str], request: Request
 ) -> Response:
-    keep_alive = service.settings.keep_alive_seconds
+    keep_alive, record = service.settings.keep_alive_seconds, request_record.current()
     try:
         # Afterwards only an event can tell of a failure.
-        first = await first_piece(answers, keep_alive)
+        first = await _while_there(request, first_piece(answers, keep_alive, lambda: "queue_ms" in record.fields))
+    except _ClientLeft:
+        await answers.aclose()
+        return Response(status_code=499)
     except BaseException:
         await answers.aclose()
         raise

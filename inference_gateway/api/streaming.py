@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi.responses import StreamingResponse
@@ -103,12 +103,16 @@ async def events(
     yield b"data: [DONE]\n\n"
 
 
-async def first_piece(answers: Answers, seconds: float) -> Piece | None:
-    """The piece that decides between an HTTP error and a stream, if it comes within ``seconds``."""
-    try:
-        return await answers.get(seconds)
-    except TimeoutError:
-        return None
+async def first_piece(answers: Answers, seconds: float, has_place: Callable[[], bool]) -> Piece | None:
+    """The piece that decides between an HTTP error and a stream; None if an answer has a place by now, and ``seconds``
+    have brought nothing. Who waits in the queue for too long gets a status, which clients know how to repeat.
+    """
+    while True:
+        try:
+            return await answers.get(seconds)
+        except TimeoutError:
+            if has_place():
+                return None
 
 
 def _failed(failed: Failed) -> Mapping[str, Any]:

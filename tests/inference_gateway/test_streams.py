@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,36 @@ def test_a_failure_before_anything_is_said_is_an_http_error(own: Running) -> Non
     with scripted(own, fails):
         response = own.http("alice").post("/v1/chat/completions", json=CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (403, "permission_revoked")
+
+
+def test_who_waits_too_long_for_a_place_gets_a_status_and_no_event(
+    make_world: Callable[[Path], World], tmp_path: Path
+) -> None:
+    """However often a keep-alive would have been due meanwhile: clients repeat a 503, and no broken stream."""
+    world = make_world(tmp_path / "gateway")
+    few = {"max_concurrent": 1, "queue_timeout_seconds": 0.5, "keep_alive_seconds": 0.05}
+    world.settings = world.settings.model_copy(update=few)
+    server, over = Running(world).start(), threading.Event()
+
+    async def holds(_request: GenerationRequest) -> AsyncGenerator[Event]:
+        yield Tokens((65,))
+        while not over.is_set():
+            await asyncio.sleep(0.01)
+        yield Finished("stop")
+
+    try:
+        server.await_adapters()
+        with scripted(server, holds) as engine, ThreadPoolExecutor(1) as other:
+            first = other.submit(lines_of, server)
+            wait_until(lambda: engine.running == 1, 10)
+            refused = server.http("alice").post("/v1/chat/completions", json=CHAT)
+            over.set()
+            assert first.result(timeout=20)[0] == 200
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_timeout")
+        assert int(refused.headers["Retry-After"]) >= 1
+    finally:
+        over.set()
+        server.stop()
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
