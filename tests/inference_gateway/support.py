@@ -184,7 +184,7 @@ class Reference:
         self.margin = math.inf
         self._sum: torch.Tensor | None = None
         # For each token of the last answer: in how many modules which silo shaped the pass that it came from.
-        self.shares: list[dict[str, int]] = []
+        self.won: list[dict[str, int]] = []
         for spec in plan.modules:
             self._model.get_submodule(spec.name).register_forward_hook(self._hook(spec.name))
 
@@ -194,7 +194,7 @@ class Reference:
         self._mode, self.margin = mode, math.inf
         tokens = list(prompt)
         self._standing = None
-        self.shares = []
+        self.won = []
         if mode == "prompt_evidence":
             self._permitted, readable = [], self._permitted
             self._forward(tokens)
@@ -202,7 +202,7 @@ class Reference:
             assert self._sum is not None
             self._standing = self._sum[-1:]
         while len(tokens) < len(prompt) + max_tokens:
-            self.shares.append({})
+            self.won.append({})
             tokens.append(int(self._forward(tokens).argmax()))
             if tokens[-1] == EOS:
                 break
@@ -233,9 +233,9 @@ class Reference:
                         best = column
                 if best is not None:
                     out[0, token] += deltas[best][token]
-                    if token == len(value) - 1 and self.shares:
+                    if token == len(value) - 1 and self.won:
                         silo = self._residents[best].key.silo_id
-                        self.shares[-1][silo] = self.shares[-1].get(silo, 0) + 1
+                        self.won[-1][silo] = self.won[-1].get(silo, 0) + 1
             return out
 
         return hook

@@ -112,7 +112,7 @@ def test_attribution_tells_in_how_many_modules_the_slow_reference_chose_each_sil
     with_engine(make_engine(), first, use)
     for user, shares in zip(asking, told, strict=True):
         reference.answer(user.prompt, user.silos, user.mode, LENGTH)
-        assert [dict(one.counts) for one in shares] == reference.shares
+        assert [dict(one.counts) for one in shares] == reference.won
         assert {one.choices for one in shares} == {len(plan.modules)}
     assert any(len(one.counts) > 1 for shares in told for one in shares)
 
