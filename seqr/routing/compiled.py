@@ -2,8 +2,9 @@
 
 A decode step routes a dozen tokens at more than a hundred Linears: nothing of it is large, and calling it costs more
 than computing it. The two matrix products stay torch's (``seqr.routing.products``). What is here is one thread's work
-and does, number for number, what the modules named at each function do: the same operations on each token, in the same
-order whatever the batch, without fused multiply-adds, so its bits do not depend on a token's neighbours or on the CPU.
+and does what the modules named at each function do (a root may differ in its last place, which torch does not round
+correctly): the same operations on each token, in the same order whatever the batch, without fused multiply-adds, so
+its bits do not depend on a token's neighbours or on the CPU.
 
 Needs Numba, which compiles a function when it is first called and keeps the result on disk.
 """

@@ -167,11 +167,7 @@ def _look_again(
 ) -> torch.Tensor:
     """The plain choice of K tokens, or the exact one: token int64 [K], score fp32 [K, N], z [K, r] -> int64 [K]."""
     if not bool((score < math.inf).all()):
-        score = _allowed_scores(z, columns, gate.permitted.index_select(0, token))
+        score = scores(z, columns.gram, columns.offset)
+        allowed = gate.permitted.index_select(0, token) & usable(score)
+        score = score.masked_fill_(allowed.logical_not_(), -math.inf)
     return choose(score, score > -math.inf) if truth is None else settle(z, score, truth)
-
-
-def _allowed_scores(z: torch.Tensor, columns: Columns, permitted: torch.Tensor) -> torch.Tensor:
-    """The scores of K tokens, -inf where one is no number or not permitted: z [K, r], permitted [K, N] -> [K, N]."""
-    score = scores(z, columns.gram, columns.offset)
-    return score.masked_fill_((permitted & usable(score)).logical_not_(), -math.inf)
