@@ -144,11 +144,12 @@ def test_a_child_ends_with_its_parent_however_that_one_ends(number: signal.Signa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         start_new_session=True,
     )
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
+    assert parent.stdout is not None and parent.stderr is not None
+    line = parent.stdout.readline()
+    pid = int(line or pytest.fail(parent.stderr.read()))
     # Ctrl-C reaches the whole group.
     os.killpg(parent.pid, number) if number == signal.SIGINT else parent.send_signal(number)
     _, said = parent.communicate(timeout=60)
