@@ -61,18 +61,28 @@ def growing_evidence(
     total = {rule: torch.zeros(shape, dtype=torch.float64) for rule in rules}
     sites = {rule: set(variant.modules(len(pool.modules)).tolist()) for rule, variant in rules.items()}
     weights = {rule: variant.weights(row) for rule, variant in rules.items()}
+    chunks = torch.split(torch.arange(len(row)), 4096)
+    # Of a chunk, the prompts it has words of, and how much each word counts for each of them.
+    present = [slice(int(row[words[0]]), int(row[words[-1]]) + 1) for words in chunks]
+    counts = {
+        rule: [
+            w[words] * (row[words] == torch.arange(prompt.start, prompt.stop)[:, None])
+            for words, prompt in zip(chunks, present, strict=True)
+        ]
+        for rule, w in weights.items()
+    }
     for m in range(len(pool.modules)):
         own = torch.linalg.qr(pool.b_t[m].transpose(1, 2).double()).R
         turned = own[torch.arange(count) % len(pool)] @ turns(m, pool.a[m].shape[0], count)
         grams = gram(torch.cat([own, turned])).to(public.device, torch.float32).T.contiguous()
         calibration = (features(public[:, m]) @ grams).clamp_min(0).sqrt()
         mu, sigma = calibration.mean(0), calibration.std(0, correction=0)
-        for rows in torch.split(torch.arange(len(row)), 4096):
-            score = ((features(prompts[rows, m]) @ grams).clamp_min(0).sqrt() - mu) / sigma
-            score = score.clamp_(-CLIP, CLIP).double()
+        for c, (words, prompt) in enumerate(zip(chunks, present, strict=True)):
+            norms = (features(prompts[words, m]) @ grams).clamp_min_(0).sqrt_()
+            score = norms.sub_(mu).div_(sigma).clamp_(-CLIP, CLIP).double()
             for rule in rules:
                 if m in sites[rule]:
-                    total[rule].index_add_(0, row[rows], score * weights[rule][rows, None])
+                    total[rule][prompt] += counts[rule][c] @ score
     spoken = {rule: torch.zeros(shape[0], dtype=torch.float64).index_add_(0, row, w) for rule, w in weights.items()}
     return {rule: summed / spoken[rule][:, None] / len(sites[rule]) for rule, summed in total.items()}
 
