@@ -17,7 +17,7 @@ NAME = "seqr_paged"
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence with more than one query token: its slice of the flat queries and of the flat keys."""
+    """One sequence that brings more than its next token: its slice of the flat queries and of the keys as read."""
 
     q_start: int
     q_end: int
@@ -30,38 +30,46 @@ class Span:
 class AttentionPlan:
     """How one flat batch splits into sequences; made once per step and read by every layer.
 
-    ``singles`` [S] are the flat positions of sequences with one query token; ``single_keys`` [S * K] are their keys,
-    padded to the longest with the sequence's *own* last key, and ``single_mask`` [S, 1, 1, K] hides the padding.
+    ``singles`` [S] are the flat positions of sequences with a past and one new token; ``single_mask`` [S, 1, 1, K]
+    says which of the K keys that each of them reads are its own and not padding. ``order`` [S * K + the spans' keys]:
+    the keys to read, as places in the order of the batch: first K for every single, padded with its *own* last key,
+    then the spans'. None without singles: the order of the batch.
     """
 
     spans: tuple[Span, ...]
     singles: torch.Tensor | None
-    single_keys: torch.Tensor | None
     single_mask: torch.Tensor | None
+    order: torch.Tensor | None
 
 
 def plan_attention(query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> AttentionPlan:
     """Split a flat batch; lengths are per sequence, in batch order, and a key length includes the new tokens."""
-    spans: list[Span] = []
     singles: list[tuple[int, int, int]] = []
+    longer: list[tuple[int, int, int, int]] = []
     q_start = k_start = 0
     for q_len, k_len in zip(query_lengths, key_lengths, strict=True):
-        if q_len == 1:
+        if q_len == 1 < k_len:
             singles.append((q_start, k_start, k_len))
-        elif q_len > 1:
-            mask = None
-            if k_len > q_len:
-                mask = torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)
-            spans.append(Span(q_start, q_start + q_len, k_start, k_start + k_len, mask))
+        elif q_len:
+            longer.append((q_start, q_len, k_start, k_len))
         q_start += q_len
         k_start += k_len
+    longest = max((k_len for *_, k_len in singles), default=0)
+    read, spans = len(singles) * longest, []
+    for q_start, q_len, _, k_len in longer:
+        mask = None
+        if k_len > q_len:
+            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)
+        spans.append(Span(q_start, q_start + q_len, read, read + k_len, mask))
+        read += k_len
     if not singles:
         return AttentionPlan(tuple(spans), None, None, None)
     flat, starts, lengths = (torch.tensor(column, device=device) for column in zip(*singles, strict=True))
-    reach = torch.arange(int(lengths.max()), device=device)
+    reach = torch.arange(longest, device=device)
     keys = starts[:, None] + torch.minimum(reach[None, :], lengths[:, None] - 1)
     mask = (reach[None, :] < lengths[:, None])[:, None, None, :]
-    return AttentionPlan(tuple(spans), flat, keys.flatten(), mask)
+    rest = [torch.arange(k_start, k_start + k_len, device=device) for _, _, k_start, k_len in longer]
+    return AttentionPlan(tuple(spans), flat, mask, torch.cat([keys.flatten(), *rest]))
 
 
 def paged_attention(
@@ -73,7 +81,10 @@ def paged_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention per sequence; query [1, H, T, D], new keys and values [1, G, T, D], result [1, T, H, D]."""
+    """Causal attention per sequence; query [1, H, T, D], new keys and values [1, G, T, D], result [1, T, H, D].
+
+    The cache must read in the plan's order.
+    """
     if kwargs.get("softcap") is not None or hasattr(module, "sinks"):
         raise ValueError(f"the attention '{NAME}' knows neither soft-capped scores nor attention sinks")
     plan: AttentionPlan | None = kwargs.get("attention_plan")
@@ -84,16 +95,14 @@ def paged_attention(
     heads, groups = query.shape[1], key.shape[1]
     queries = query[0].transpose(0, 1)
     out = torch.zeros(queries.shape[0], heads, value.shape[-1], dtype=query.dtype, device=query.device)
-    if plan.singles is not None and plan.single_keys is not None:
-        rows = plan.singles.shape[0]
+    if plan.singles is not None and plan.single_mask is not None:
+        rows, longest = plan.single_mask.shape[0], plan.single_mask.shape[-1]
         picked = queries.index_select(0, plan.singles).view(rows, groups, heads // groups, -1)
         k, v = (
-            side[0].transpose(0, 1).index_select(0, plan.single_keys).view(rows, -1, groups, side.shape[-1])
+            side[0, :, : rows * longest].transpose(0, 1).view(rows, longest, groups, side.shape[-1]).transpose(1, 2)
             for side in (key, value)
         )
-        answer = functional.scaled_dot_product_attention(
-            picked, k.transpose(1, 2), v.transpose(1, 2), attn_mask=plan.single_mask, scale=scaling
-        )
+        answer = functional.scaled_dot_product_attention(picked, k, v, attn_mask=plan.single_mask, scale=scaling)
         out.index_copy_(0, plan.singles, answer.reshape(rows, heads, -1))
     for span in plan.spans:
         k, v = (

@@ -4,9 +4,9 @@ What is used and why:
 
 - ``ContinuousBatchingManager`` is subclassed: a step runs under inference mode, an error in a step ends the requests of
   that step instead of the worker, and the attention is ours (``switch_to_cb_friendly_attn`` knows three names only).
-- A forward pre-hook sees ``cu_seq_lens_q`` and ``position_ids`` of the flat batch; ``requests_in_batch`` names its
-  sequences in the same order, in chunked prefill too. ``logits_processor_args`` would not do: it leaves out sequences
-  that get no token in this step.
+- A forward pre-hook sees ``cu_seq_lens_q`` and ``position_ids`` of the flat batch, and says in which order the cache is
+  read (``read_index``); ``requests_in_batch`` names its sequences in the same order, in chunked prefill too.
+  ``logits_processor_args`` would not do: it leaves out sequences that get no token in this step.
 - A logits processor at the end of the list draws tokens request by request; the library would sample all alike.
 - The output router hands tokens over on the worker's thread, once per step, before anybody else sees them.
 - Cache blocks are shared by the library's ledger, but under names of ours: its own cover the tokens and nothing else.
@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.cache_allocators import FullAtt
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import BlockLedger
 
 from inference_gateway.engine import attention, invariant
+from inference_gateway.engine.linears import FewRowsLinear, replace_linears
 from inference_gateway.engine.prefixes import block_name
 from inference_gateway.engine.stepper import Batch, Output, Slice, Stepper
 from inference_gateway.errors import EngineIncompatible, EngineStopped
@@ -69,6 +70,8 @@ class BatchingEdge:
         self._deterministic = deterministic
         if deterministic:
             invariant.make_invariant(model)
+        elif model.device.type == "cpu" and model.dtype == torch.float32:
+            replace_linears(model, FewRowsLinear)
         AttentionInterface.register(attention.NAME, attention.paged_attention)
         AttentionInterface.register(invariant.NAME, invariant.invariant_attention)
         model.set_attn_implementation(invariant.NAME if deterministic else attention.NAME)
@@ -194,7 +197,11 @@ class BatchingEdge:
         if self._deterministic:
             kwargs["sequence_lengths"] = tuple(zip(lengths, keys, strict=True))
         else:
-            kwargs["attention_plan"] = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
+            plan = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
+            if plan.order is not None:
+                # The keys come out of the cache as the attention wants them, instead of being sorted in every layer.
+                kwargs["read_index"] = [index[plan.order] for index in kwargs["read_index"]]
+            kwargs["attention_plan"] = plan
         return args, kwargs
 
     def _step(self, forward: Callable[[], None]) -> None:
@@ -342,12 +349,14 @@ PRIVATE_EDGE: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (continuous_api.ContinuousBatchProcessor, "fail_all_requests", ("error",)),
     (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ("requests_in_batch",)),
     (cache, "group_layers_by_attn_type", ("config",)),
+    (cache.PagedAttentionCache, "update", ("key_states", "value_states", "layer_idx", "kwargs")),
     (cache.PagedAttentionCache, "search_prefix_match", ("request_id", "prompt_ids")),
     (cache.PagedAttentionCache, "mark_complete_blocks", ("state", "complete_blocks")),
     (requests.RequestState, "to_generation_output", ()),
     (scheduler.Scheduler, "finish_request", ("request_id",)),
     (scheduler.Scheduler, "set_request_cancellation", ("request_id",)),
     (FullAttentionCacheAllocator, "get_read_indices", ("request_id", "past_length", "query_length")),
+    (FullAttentionCacheAllocator, "update", ("read_index", "write_index")),
     (FullAttentionCacheAllocator, "mark_complete_blocks", ("request_id", "token_ids", "new_new_blocks")),
     (FullAttentionCacheAllocator, "acquire_prefix_blocks", ("request_id", "prefix_len", "block_ids")),
     (BlockLedger, "register_new_hash", ("block_id", "block_hash")),

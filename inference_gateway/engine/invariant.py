@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from inference_gateway.engine.linears import TiledLinear, replace_linears
 from inference_gateway.errors import EngineIncompatible
 from seqr.routing.products import ROW_TILE
 
@@ -19,34 +20,12 @@ NAME = "seqr_paged_invariant"
 KEY_BLOCK = 64
 
 
-class TiledLinear(nn.Linear):
-    """y = x W^T + b, 16 rows at a time; shares the weight and bias of the Linear that it takes the place of."""
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "TiledLinear":
-        """A tiled Linear over the same parameters."""
-        tiled = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        tiled.weight, tiled.bias = linear.weight, linear.bias
-        return tiled.train(linear.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] -> [..., m]."""
-        flat = x.reshape(-1, x.shape[-1])
-        rows = flat.shape[0]
-        padded = F.pad(flat, (0, 0, 0, -rows % ROW_TILE))
-        tiles = [F.linear(tile, self.weight, self.bias) for tile in torch.split(padded, ROW_TILE)]
-        return torch.cat(tiles)[:rows].view(*x.shape[:-1], self.out_features)
-
-
 def make_invariant(model: nn.Module) -> None:
     """Replace every Linear of ``model`` by a tiled one. Raises ``EngineIncompatible`` unless it is on a CPU."""
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise EngineIncompatible(f"deterministic serving is for CPUs only; the model is on {device}")
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, TiledLinear.of(child))
+    replace_linears(model, TiledLinear)
 
 
 def invariant_attention(

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from inference_gateway.engine.base import Sampling
-from inference_gateway.engine.invariant import TiledLinear, make_invariant, one_sequence
+from inference_gateway.engine.invariant import make_invariant, one_sequence
+from inference_gateway.engine.linears import TiledLinear
 from inference_gateway.engine.transformers_engine import TransformersEngine
 from inference_gateway.errors import EngineIncompatible
 from seqr.plan import Plan
@@ -117,7 +118,7 @@ def test_it_answers_as_the_reference_does(model_dir: Path, plan: Plan, residents
 def test_a_tiled_row_has_the_same_bits_wherever_it_stands(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(*shape, dtype=dtype)
-    tiled, x = TiledLinear.of(linear), torch.randn(77, shape[0]).to(dtype)
+    tiled, x = TiledLinear(linear), torch.randn(77, shape[0]).to(dtype)
     with torch.no_grad():
         whole, order = tiled(x), torch.randperm(77)
         assert torch.equal(tiled(x[order]), whole[order])
