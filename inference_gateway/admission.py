@@ -170,6 +170,7 @@ class Grant:
             if not other.expired():
                 other.reschedule(self._deadline)
         waited = time.perf_counter() - self._arrived
+        self._record.has_place = True
         self._record.fields.setdefault("queue_ms", round(1000 * waited, 1))
         self._admission.metrics.admitted(self._model, waited)
 

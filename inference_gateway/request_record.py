@@ -9,12 +9,16 @@ from inference_gateway.tracing import RequestTrace
 
 @dataclass
 class RequestRecord:
-    """``fields`` go into the log line, ``headers`` onto the response; ``error_code``: what the caller was told last."""
+    """``fields`` go into the log line, ``headers`` onto the response; ``error_code``: what the caller was told last.
+
+    ``has_place``: an answer to it has left the queue.
+    """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     fields: dict[str, str | int | float] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     error_code: str | None = None
+    has_place: bool = False
     trace: RequestTrace = field(default_factory=RequestTrace)
 
     @property

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference_gateway.admission import Admission
@@ -24,7 +23,7 @@ from inference_gateway.intake import Intake
 from inference_gateway.metrics import Metrics
 from inference_gateway.oidc.login import Oidc
 from inference_gateway.permissions import Permissions
-from inference_gateway.settings import Settings
+from inference_gateway.settings import Settings, read_secret
 from inference_gateway.tracing import Tracing, tracing_of
 from policy.db import create_engine_for
 from policy.keys import load_pepper
@@ -40,8 +39,6 @@ if TYPE_CHECKING:  # needs torch
     from inference_gateway.grammar import Grammars
 
 log = logging.getLogger(__name__)
-
-MAX_API_KEY_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,9 @@ class Service:
         self.tracing = tracing or tracing_of(settings)
         self.oidc = oidc or (Oidc(settings.oidc, settings.directory) if settings.oidc is not None else None)
         self._client = client or CoordinatorClient(
-            settings.coordinator_url, _read_api_key(settings.coordinator_key_file), settings.coordinator_ca_file
+            settings.coordinator_url,
+            read_secret(settings.coordinator_key_file, "coordinator_key_file", "the gateway's API key"),
+            settings.coordinator_ca_file,
         )
         self._coordinator_key = VerifyKey.from_b64(settings.coordinator_public_key)
         self._sealing_key = SealingKey.load(settings.sealing_key_file)
@@ -241,14 +240,3 @@ def _eos(model: Any, tokenizer: Any) -> list[int]:
     ids = model.generation_config.eos_token_id
     found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
-
-
-def _read_api_key(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            key = file.read(MAX_API_KEY_BYTES).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        raise SettingsInvalid(f"coordinator_key_file {path} cannot be read; put the gateway's API key there") from None
-    if not key:
-        raise SettingsInvalid(f"coordinator_key_file {path} is empty; put the gateway's API key there")
-    return key

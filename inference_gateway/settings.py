@@ -15,6 +15,7 @@ from seqr.settings import LOOPBACK, FileSettings, read_toml, wrong_fields
 CONFIG_NAME = "gateway.toml"
 # What `serve` cannot do without, and `init` need not know yet.
 REQUIRED = ("coordinator_url", "coordinator_public_key", "policy_database_url", "base_model")
+_MAX_SECRET_BYTES = 4096
 
 
 class SubjectLimits(BaseModel):
@@ -164,6 +165,18 @@ def load_settings(directory: str | Path, **overrides: Any) -> Settings:
         return Settings(**{**values, "directory": folder, **overrides})
     except ValidationError as error:
         raise SettingsInvalid(f"the gateway's settings are wrong: {wrong_fields(error)}") from None
+
+
+def read_secret(path: Path, setting: str, what: str) -> str:
+    """The secret in the file that ``setting`` names. Raises SettingsInvalid, which says to put ``what`` there."""
+    try:
+        with path.open("rb") as file:
+            secret = file.read(_MAX_SECRET_BYTES).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise SettingsInvalid(f"{setting} {path} cannot be read; put {what} there") from None
+    if not secret:
+        raise SettingsInvalid(f"{setting} {path} is empty; put {what} there")
+    return secret
 
 
 def require_complete(settings: Settings) -> None:

@@ -58,7 +58,7 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a silo signs about one revision (DESIGN section 6).
+    """What a silo signs about one revision (docs/architecture.md).
 
     ``tensors`` maps stored tensor names to SHA-256; ``records`` and ``tokens`` are None unless the owner shares counts;
     ``dataset_root`` is the Merkle root (hex) of salted record digests; from ``expires_at`` on it may not be admitted.

@@ -1,6 +1,6 @@
 """What a conversation's prompt holds that is the same in every conversation, and so says nothing about any of them.
 
-A chat template puts tokens before the user's first word and after the last. They are no evidence (DESIGN section 3.1),
+A chat template puts tokens before the user's first word and after the last. They are no evidence (decision 7),
 and calibration on public text leaves them out as well: statistics and evidence are of the same kind of token.
 """
 

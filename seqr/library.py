@@ -226,7 +226,7 @@ def _module_column(part: ModuleAdapter, mu: float, sigma: float, device: torch.d
 
 
 class PermissionRows:
-    """The device table of permitted sets: one row per distinct set, row 0 permits nobody (DESIGN section 9)."""
+    """The device table of permitted sets: one row per distinct set, row 0 permits nobody."""
 
     def __init__(self, library: Library):
         self.library = library

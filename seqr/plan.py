@@ -75,7 +75,7 @@ class GatewayKey:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan (DESIGN section 5).
+    """A plan (docs/architecture.md).
 
     ``dtype`` is the base model's compute type in training and serving alike; ``routing`` the default router;
     ``calibration`` says whose mu and sigma route: recomputed on public text, or the silo's own.

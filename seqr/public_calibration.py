@@ -1,4 +1,4 @@
-"""Calibration on public text: what a silo reports about its own adapter decides nothing (DESIGN sections 3.1 and 9)."""
+"""Calibration on public text: what a silo reports about its own adapter decides nothing (decision 7)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

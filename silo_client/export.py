@@ -41,7 +41,7 @@ def own_moments(
 ) -> dict[str, RunningMoments]:
     """Mean and deviation of ||R z|| per module over all tokens of ``examples``, in one pass with this adapter active.
 
-    Position 0 is left out: it is an attention sink, and its activation says nothing (DESIGN 3.1).
+    Position 0 is left out: it is an attention sink, and its activation says nothing.
     """
     moments = {name: RunningMoments() for name in r}
     counted: torch.Tensor = torch.zeros(0, dtype=torch.bool)

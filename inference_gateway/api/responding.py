@@ -108,7 +108,7 @@ async def _stream(
     keep_alive, record = service.settings.keep_alive_seconds, request_record.current()
     try:
         # Afterwards only an event can tell of a failure.
-        first = await _while_there(request, first_piece(answers, keep_alive, lambda: "queue_ms" in record.fields))
+        first = await _while_there(request, first_piece(answers, keep_alive, lambda: record.has_place))
     except _ClientLeft:
         await answers.aclose()
         return Response(status_code=499)

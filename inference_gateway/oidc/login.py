@@ -15,8 +15,7 @@ from inference_gateway.oidc.issuer import ERROR_CODE, Issuer
 from inference_gateway.oidc.pending import PendingLogins
 from inference_gateway.oidc.sessions import Sessions
 from inference_gateway.oidc.settings import OidcSettings
-
-MAX_SECRET_BYTES = 4096
+from inference_gateway.settings import read_secret
 
 
 class Oidc:
@@ -88,14 +87,7 @@ def _secret(settings: OidcSettings, directory: Path) -> str | None:
     if settings.client_secret_file is None:
         return None
     path = directory / settings.client_secret_file.expanduser()
-    try:
-        with path.open("rb") as file:
-            secret = file.read(MAX_SECRET_BYTES).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        raise SettingsInvalid(f"oidc.client_secret_file {path} cannot be read; put the client's secret there") from None
-    if not secret:
-        raise SettingsInvalid(f"oidc.client_secret_file {path} is empty; put the client's secret there")
-    return secret
+    return read_secret(path, "oidc.client_secret_file", "the client's secret")
 
 
 def _tls(settings: OidcSettings, directory: Path) -> ssl.SSLContext | bool:

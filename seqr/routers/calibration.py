@@ -1,4 +1,4 @@
-"""Calibration of a whole pool on public text, on the base model's hidden states (DESIGN section 3.1)."""
+"""Calibration of a whole pool on public text, on the base model's hidden states (decision 7)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Accumulated evidence: scores are summed over what a sequence has said, not taken token by token (DESIGN 3.1)."""
+"""Accumulated evidence: scores are summed over what a sequence has said, not taken token by token (decision 7)."""
 
 import torch
 

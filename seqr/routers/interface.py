@@ -72,7 +72,7 @@ class Batch:
 
     @cached_property
     def speaks(self) -> torch.Tensor:
-        """bool [T]: the prompt's tokens after the first one, an attention sink that says nothing (DESIGN 3.1)."""
+        """bool [T]: the prompt's tokens after the first one, an attention sink that says nothing."""
         return (self.position > 0) & (self.position < self.prompts[self.sequence])
 
     @cached_property

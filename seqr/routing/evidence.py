@@ -1,4 +1,4 @@
-"""Accumulated evidence: which adapter this sequence has spoken for so far (DESIGN section 3.1).
+"""Accumulated evidence: which adapter this sequence has spoken for so far (decisions 7 and 13).
 
 At module l and position t of a sequence
 

@@ -1,6 +1,7 @@
-"""DESIGN sections 3 and 3.1 in fp64, one token and one adapter at a time: what every faster form is tested against.
+"""Routing per token and accumulated evidence in fp64, one token and one adapter at a time.
 
-Slow and obvious on purpose; nothing in the product calls it. R, mu and sigma are per adapter, in column order.
+What every faster form is tested against. Slow and obvious on purpose; nothing in the product calls it. R, mu and sigma
+are per adapter, in column order.
 """
 
 import math

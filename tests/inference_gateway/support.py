@@ -167,7 +167,7 @@ def serve(model_dir: Path, plan: Plan, use: Use, residents: list[Resident], **op
 
 
 class Reference:
-    """DESIGN section 3 and 3.1 with transformers alone: the whole sequence again for every token, in fp64, slowly."""
+    """Routing (docs/routers.md) with transformers alone: the whole sequence again for every token, in fp64, slowly."""
 
     def __init__(self, model_dir: Path, plan: Plan, residents: Sequence[Resident]):
         self._model, _ = load_base_model(model_dir, torch.float64, "eager")

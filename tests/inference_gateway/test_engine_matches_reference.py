@@ -1,4 +1,4 @@
-"""The engine gives everybody what DESIGN section 3 gives, whoever else is in the batch."""
+"""The engine gives everybody what the reference gives, whoever else is in the batch."""
 
 import asyncio
 from pathlib import Path

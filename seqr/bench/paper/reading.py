@@ -21,7 +21,7 @@ Look = Callable[[Activation], torch.Tensor]
 class Norms:
     """||B_i A_i x|| fp32 [T, M, N] for T tokens, M modules, N adapters; row int64 [T]: the sequence of each token.
 
-    The first token of a sequence, an attention sink, is left out (DESIGN 3.1). Tokens are in order of their sequences.
+    The first token of a sequence, an attention sink, is left out. Tokens are in order of their sequences.
     size fp32 [T, M]: ||A x||, for a shared A.
     """
 

@@ -111,7 +111,7 @@ def _train(model: nn.Module, lora: _Lora, language: int, half: int, steps: int) 
 def _hidden(model: nn.Module, lora: _Lora, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         model(input_ids=ids)
-    # Position 0 is an attention sink (DESIGN section 3.1).
+    # Position 0 is an attention sink.
     return lora.z[:, 1:].flatten(0, 1).clone()
 
 

@@ -1,4 +1,4 @@
-"""The greedy tokens of DESIGN section 3, for 24 users at once, through swaps and revocations."""
+"""The greedy tokens of the slow reference, for 24 users at once, through swaps and revocations."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
