@@ -1,6 +1,7 @@
 """``seqr bench paper`` from the command line to the report."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_a_run_writes_every_table_and_figure_and_goes_on_where_it_was(
     ):  # fmt: skip
         assert heading in report
     assert "not whole" not in report and "not measured" not in report
+    assert re.search(r"Bar: at least 97% of the oracle beside [\d,]+ distractors: [\d.]+%, \*\*(not )?reached", report)
     figures = sorted(file.name for file in out.glob("*.svg"))
     assert [name[:8] for name in figures] == [f"figure-{number}" for number in (2, 3, 4, 5, 6)]
     results = json.loads((out / "results.json").read_text("utf-8"))
