@@ -101,14 +101,14 @@ class Summary:
         return self.store.result(f"extra/{name}")
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for ``results.json``."""
+        """Everything, for ``results.json``; of single rows' answers their accuracy."""
         return {
             "device": self.device, "model": self.model_name, "model_digest": self.base_digest,
             "tasks": list(self.tasks), "seeds": list(self.settings.seeds), "train_rows": self.settings.train_rows,
             "test_rows": self.settings.test_rows, "max_tokens": self.settings.max_tokens,
             "recipe": self.settings.recipe.described(), "table3": [vars(row) for row in self.main_table()],
             "table4": self.oracle_scores(), "flops": paper_table(),
-            "extras": {name: value for name in PARTS if (value := self.extra(name)) is not None},
+            "extras": {name: _means(value) for name in PARTS if (value := self.extra(name)) is not None},
         }  # fmt: skip
 
     def _row(self, router: str) -> Row | None:
@@ -158,3 +158,12 @@ class Summary:
             f"answer/{router}/{'all' if router == 'base' else seed}/{task}"
         )
         return value
+
+
+def _means(value: Any) -> Any:
+    """``value`` with the mean in the place of every list of 0 and 1, one per row."""
+    if isinstance(value, dict):
+        return {name: _means(part) for name, part in value.items()}
+    if isinstance(value, list) and value and all(one in (0, 1) for one in value):
+        return float(np.mean(value))
+    return value
