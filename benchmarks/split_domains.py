@@ -1,6 +1,6 @@
 """Makes one silo folder per domain of a labelled corpus, for ``seqr demo --data``.
 
-    python benchmarks/split_domains.py ../shared/data/silos/clinc150 ten-silos --rows 200
+    python benchmarks/split_domains.py CLINC150 ten-silos --rows 200
     seqr demo --data ten-silos
 
 The first ``rows`` training rows of each domain, in file order, and all of its test rows. Rows without a domain
@@ -25,7 +25,7 @@ def by_domain(file: Path) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a folder with train.jsonl and test.jsonl")
+    parser.add_argument("source", type=Path, help="a folder with train.jsonl and test.jsonl, rows with a domain")
     parser.add_argument("target", type=Path, help="where the folders go; must not exist")
     parser.add_argument("--rows", type=int, default=200, help="training rows per domain")
     args = parser.parse_args()

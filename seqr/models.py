@@ -139,10 +139,18 @@ def prepare_base_model(source: str | Path, out_dir: str | Path) -> Path:
 
 
 def inspect_base_model(path: str | Path, kind: str = "all", name: str | None = None) -> BaseModelSpec:
-    """What a plan needs to know of the model in directory ``path``, without loading its weights."""
+    """What a plan needs to know of the model in directory ``path``, without loading its weights.
+
+    Raises ``BaseModelNotFound`` or ``BaseModelUnreadable``, the latter for a GGUF file too.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(path)
+    if path.is_file():
+        raise BaseModelUnreadable(
+            f"the base model {path} is a file; name a directory, as `seqr silo init` and `seqr demo` make one of a "
+            "GGUF file"
+        )
     digest = base_model_digest(path)
     with _reading(path):
         config = AutoConfig.from_pretrained(path)

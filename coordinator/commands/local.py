@@ -130,10 +130,10 @@ def up(directory: Directory = HERE) -> None:
 
 @plan_app.command("create")
 def create_plan(
-    base_model: Annotated[Path, typer.Option(help="Directory of the base model, or a GGUF file.")],
+    base_model: Annotated[Path, typer.Option(help="Directory of the base model, as save_pretrained writes it.")],
     gateway_key: Annotated[list[Path], typer.Option(help="gateway-key.json of `seqr gateway init`; may be repeated.")],
     directory: Directory = HERE,
-    name: Annotated[str, typer.Option(help="What to call the base model (default: its file name).")] = "",
+    name: Annotated[str, typer.Option(help="What to call the base model (default: its folder's name).")] = "",
     targets: Annotated[
         str, typer.Option(help="Which Linears are adapted.", click_type=Choice(["attention", "all"]))
     ] = "all",

