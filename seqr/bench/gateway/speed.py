@@ -110,7 +110,7 @@ class _Contenders:
             self._notes.append("vLLM: no Python that has it was given (--vllm-python)")
             return []
         try:
-            vllm = self._stack.enter_context(closing(Vllm(python, self._options.model, self._load)))
+            vllm = self._stack.enter_context(closing(Vllm(python, self._options.model, self._load, self._threads)))
         except BenchPeerMissing as missing:
             self._notes.append(str(missing))
             return []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 class Vllm:
     """One vLLM process that runs the same prompts whenever it is told to. Raises ``BenchPeerMissing``."""
 
-    def __init__(self, python: Path, model: Path, load: Load):
+    def __init__(self, python: Path, model: Path, load: Load, threads: int):
         work = {
             "model": str(model),
             "dtype": load.dtype,
@@ -33,6 +34,8 @@ class Vllm:
                 stdout=subprocess.PIPE,
                 stderr=self._said,
                 text=True,
+                # On a CPU vLLM takes one thread less than there are, and a share of all memory for its cache (GiB).
+                env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "OMP_NUM_THREADS": str(threads)},
             )
         except OSError as error:
             raise BenchPeerMissing(f"vLLM was not measured: {python} cannot be run: {error.strerror}") from None

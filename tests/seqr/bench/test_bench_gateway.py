@@ -340,7 +340,7 @@ class LLM:
 def test_vllm_runs_in_the_python_that_is_given(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vllm.py").write_text(FAKE_VLLM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    vllm = Vllm(Path(sys.executable), tiny, LOAD)
+    vllm = Vllm(Path(sys.executable), tiny, LOAD, 1)
     try:
         for _ in range(2):
             found = asyncio.run(vllm.run())
@@ -351,9 +351,9 @@ def test_vllm_runs_in_the_python_that_is_given(tiny: Path, tmp_path: Path, monke
 
 def test_a_python_without_vllm_is_told_apart_from_none(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchPeerMissing, match="vLLM was not measured: ModuleNotFoundError: No module named 'vllm'"):
-        Vllm(Path(sys.executable), tiny, LOAD)
+        Vllm(Path(sys.executable), tiny, LOAD, 1)
     with pytest.raises(BenchPeerMissing, match=r"vLLM was not measured: .*/python cannot be run: No such file"):
-        Vllm(tmp_path / "python", tiny, LOAD)
+        Vllm(tmp_path / "python", tiny, LOAD, 1)
 
 
 def test_a_page_without_a_section_leaves_it_out() -> None:
