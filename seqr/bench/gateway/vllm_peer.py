@@ -34,8 +34,13 @@ class Vllm:
                 stdout=subprocess.PIPE,
                 stderr=self._said,
                 text=True,
-                # On a CPU vLLM takes one thread less than there are, and a share of all memory for its cache (GiB).
-                env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "OMP_NUM_THREADS": str(threads)},
+                # On a CPU vLLM keeps a processor back, and takes a share of all memory for its cache (GiB).
+                env={
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(threads),
+                },
             )
         except OSError as error:
             raise BenchPeerMissing(f"vLLM was not measured: {python} cannot be run: {error.strerror}") from None
