@@ -17,7 +17,7 @@ from policy.keys import Principal
 PROOF = "X-Seqr-Session"
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The gateway this application serves."""
     service = request.app.state.service
     if not isinstance(service, Service):
