@@ -33,7 +33,7 @@ FULL_OF_MISTAKES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "tools": (ChatRequest, CHAT | {"tools": [1] * MANY}),
     "texts": (CompletionRequest, COMPLETION | {"prompt": ["a", *[1] * MANY]}),
     "tokens": (CompletionRequest, COMPLETION | {"prompt": [-1] * MANY}),
-    "lists of tokens": (CompletionRequest, COMPLETION | {"prompt": [[-1] * MANY] * MANY}),
+    "lists of tokens": (CompletionRequest, COMPLETION | {"prompt": [[-1] * MANY]}),
     "tokens to text": (DetokenizeRequest, {"tokens": [-1] * MANY}),
     "unknown names in every turn": (ChatRequest, CHAT | {"messages": [TURN | dict.fromkeys("abcde", 1)] * MANY}),
 }
