@@ -27,7 +27,14 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await service.stop()
 
-    app = FastAPI(title="seqr gateway", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="seqr gateway",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # it would send callers, and their keys, to whatever host the request names
+    )
     app.state.service = service
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)])
     v1.include_router(chat.router)

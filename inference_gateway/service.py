@@ -25,6 +25,7 @@ from inference_gateway.oidc.login import Oidc
 from inference_gateway.permissions import Permissions
 from inference_gateway.settings import Settings, read_secret
 from inference_gateway.tracing import Tracing, tracing_of
+from inference_gateway.turns import Turns
 from policy.db import create_engine_for
 from policy.keys import load_pepper
 from policy.reader import PolicyReader
@@ -92,6 +93,7 @@ class Service:
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics)
         self.metrics.watch(self)
+        self.turns = Turns()
         self._serving: Serving | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: SeqrError | None = None

@@ -64,7 +64,7 @@ async def prepare(
     longest, resident = info.max_model_length, {key.silo_id: key for key in info.adapters}
     silos = _narrow(serving, decision, body, resident)
     usable = tuple(silo for silo in silos if silo in resident)
-    wanted = await run_in_threadpool(want, serving)
+    wanted = await service.turns.run(caller.user_id, want, serving)
     _check_count(settings, len(wanted.prompts), body.choices, wanted.param)
     sampling = replace(_sampling(serving, body), grammar=wanted.grammar)
     requests: list[GenerationRequest] = []

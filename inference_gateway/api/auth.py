@@ -17,7 +17,7 @@ from policy.keys import Principal
 PROOF = "X-Seqr-Session"
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The gateway this application serves."""
     service = request.app.state.service
     if not isinstance(service, Service):
@@ -62,7 +62,18 @@ def cookie_name(settings: OidcSettings, name: str) -> str:
 
 def session_cookie(request: Request, settings: OidcSettings) -> str | None:
     """The secret of the browser's session, if it sends one."""
-    return request.cookies.get(cookie_name(settings, "session"))
+    return sent_cookie(request, settings, "session")
+
+
+def sent_cookie(request: Request, settings: OidcSettings, name: str) -> str | None:
+    """The value of a cookie; None, too, where the browser sends any that is not printable ASCII.
+
+    Starlette takes all that Python counts as white space off the names, so that a cookie which anybody may set, such
+    as "\\xa0__Host-seqr-session", would be read as one that only this host can.
+    """
+    if not all(header.isascii() and header.isprintable() for header in request.headers.getlist("cookie")):
+        return None
+    return request.cookies.get(cookie_name(settings, name))
 
 
 def require_own_page(request: Request, settings: OidcSettings) -> None:

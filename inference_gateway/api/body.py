@@ -9,24 +9,38 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from inference_gateway.api.auth import Caller, ServiceDep
 from inference_gateway.api.errors import InvalidJson
+from inference_gateway.service import Service
+from policy.keys import Principal
 
 # Far beyond any schema that people write; templates, schemas and validators recurse.
 MAX_NESTING = 64
+# Bytes that are read in a few milliseconds at worst.
+SHORT = 16 * 1024
 
+T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def body_of(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+def body_of(model: type[Model]) -> Callable[..., Awaitable[Model]]:
     """A dependency that reads a body of this kind.
 
     It raises InvalidJson, BodyTooLarge, UnsupportedParameter, InvalidValue, or RequestValidationError naming a field.
     """
 
-    async def read(request: Request) -> Model:
-        return validated(model, parse(await request.body()))
+    async def read(request: Request, service: ServiceDep, caller: Caller) -> Model:
+        return await reading(request, service, caller, lambda document: validated(model, document))
 
     return read
+
+
+async def reading(request: Request, service: Service, caller: Principal, check: Callable[[Any], T]) -> T:
+    """The body after ``check``; one that takes long is read in the caller's turn, and others are served meanwhile."""
+    data = await request.body()
+    if len(data) <= SHORT:
+        return check(parse(data))
+    return await service.turns.run(caller.user_id, lambda: check(parse(data)))
 
 
 def validated(model: type[Model], document: Any) -> Model:

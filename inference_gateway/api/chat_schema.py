@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from inference_gateway.api.errors import InvalidValue, UnsupportedParameter
-from inference_gateway.api.schema import UNSUPPORTED, Body, GenerationBody, Strict
+from inference_gateway.api.schema import SOON, UNSUPPORTED, Body, GenerationBody, Strict
 
 ROLES = {"developer": "system"}
 CHAT_UNSUPPORTED = UNSUPPORTED | {
@@ -46,9 +46,9 @@ class Message(Strict):
     """One turn of the conversation. Whether the model reads ``name`` is up to its chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], SOON] | None = None
     name: str | None = None
-    tool_calls: list[ToolCallMade] | None = Field(default=None, max_length=128)
+    tool_calls: Annotated[list[ToolCallMade], SOON] | None = Field(default=None, max_length=128)
     tool_call_id: str | None = None
     refusal: None = None
 
@@ -142,8 +142,8 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class Conversation(Body):
     """Messages and the tools they may speak of."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
-    tools: list[Tool] | None = Field(default=None, max_length=128)
+    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
+    tools: Annotated[list[Tool], SOON] | None = Field(default=None, max_length=128)
 
     @model_validator(mode="before")
     @classmethod

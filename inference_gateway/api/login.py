@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from inference_gateway import request_record
-from inference_gateway.api.auth import ServiceDep, cookie_name, require_own_page, session_cookie
+from inference_gateway.api.auth import ServiceDep, cookie_name, require_own_page, sent_cookie, session_cookie
 from inference_gateway.api.errors import CrossSiteRequest
 from inference_gateway.oidc.errors import IssuerUnreachable, LoginError
 from inference_gateway.oidc.login import Oidc
@@ -66,7 +66,7 @@ def create_router(oidc: Oidc | None) -> APIRouter:
     @router.get("/callback")
     async def callback(request: Request, service: ServiceDep) -> Response:
         """Takes the identity provider's answer, once, and sends the browser to the page: logged in, or told why not."""
-        cookie = request.cookies.get(cookie_name(settings, "login"))
+        cookie = sent_cookie(request, settings, "login")
         try:
             user_id = await oidc.finish(request.query_params, cookie)
             await run_in_threadpool(service.permissions.logged_in, user_id)

@@ -53,6 +53,7 @@ class Observing:
                 for name, value in record.headers.items():
                     headers[name] = value
                 headers["X-Request-Id"] = record.request_id
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
         try:

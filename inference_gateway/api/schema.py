@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from inference_gateway.api.errors import UnsupportedParameter
+from inference_gateway.api.errors import UnknownParameter, UnsupportedParameter
 
 # Parameters of OpenAI's and vLLM's interfaces that are not supported, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -44,6 +44,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 MAX_STOP = 4
 MAX_CHOICES = 16
+# More than any object here knows.
+MAX_NAMES = 128
+# On every list and dict: one wrong entry is enough to refuse it by, and an error for each of a million takes seconds.
+SOON: Any = Field(fail_fast=True)
 
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -54,6 +58,13 @@ class Strict(BaseModel):
     """Refuses what it does not know and values of another type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_many_names(cls, document: Any) -> Any:
+        if isinstance(document, dict) and len(document) > MAX_NAMES:
+            raise UnknownParameter(f"an object in the body has {len(document)} members, more than this gateway knows")
+        return document
 
 
 class Body(Strict):
@@ -83,7 +94,9 @@ class SeqrOptions(Strict):
     """This gateway's own options. ``silos`` narrows what the caller may use; it can never widen it."""
 
     attribution: bool = False
-    silos: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(default=None, max_length=1024)
+    silos: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], SOON] | None = Field(
+        default=None, max_length=1024
+    )
     routing: Literal["prompt_evidence", "evidence", "per_token"] | None = None
 
 
@@ -103,10 +116,12 @@ class GenerationBody(Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], SOON] | None = Field(
+        default=None, max_length=1024
+    )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopString | TokenId | list[StopString | TokenId] | None = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
+    stop: StopString | TokenId | Annotated[list[StopString | TokenId], SOON] | None = None
+    stop_token_ids: Annotated[list[TokenId], SOON] | None = Field(default=None, max_length=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -9,9 +9,9 @@ from inference_gateway.api.schema import UNSUPPORTED, Body, GenerationBody, Mode
 
 MAX_PROMPTS = 64
 
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 def _kind(prompt: Any) -> str | None:
@@ -97,4 +97,4 @@ class DetokenizeRequest(Body):
     unsupported = {}
 
     model: ModelName | None = None
-    tokens: list[TokenId] = Field(max_length=2**20)
+    tokens: list[TokenId] = Field(max_length=2**20, fail_fast=True)

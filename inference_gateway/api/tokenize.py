@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.concurrency import run_in_threadpool
 
 from inference_gateway.api.auth import Caller, ServiceDep
-from inference_gateway.api.body import body_of, parse, validated
+from inference_gateway.api.body import body_of, reading, validated
 from inference_gateway.api.models import check_model
 from inference_gateway.api.prompting import chat_prompt, check_tokens
 from inference_gateway.api.text_schema import DetokenizeRequest, TokenizeMessages, TokenizePrompt
@@ -16,8 +15,11 @@ from inference_gateway.service import Serving
 router = APIRouter()
 
 
-async def _tokenize_body(request: Request) -> TokenizePrompt | TokenizeMessages:
-    document = parse(await request.body())
+async def _tokenize_body(request: Request, service: ServiceDep, caller: Caller) -> TokenizePrompt | TokenizeMessages:
+    return await reading(request, service, caller, _validated)
+
+
+def _validated(document: Any) -> TokenizePrompt | TokenizeMessages:
     chat = isinstance(document, dict) and "messages" in document
     return validated(TokenizeMessages, document) if chat else validated(TokenizePrompt, document)
 
@@ -31,7 +33,7 @@ async def tokenize(service: ServiceDep, caller: Caller, body: TokenizeBody) -> d
     """The tokens of a prompt, or of messages under the model's chat template."""
     serving = service.serving
     await check_model(service, caller, body.model)
-    return await run_in_threadpool(_tokens, serving, body)
+    return await service.turns.run(caller.user_id, _tokens, serving, body)
 
 
 @router.post("/detokenize")
@@ -39,7 +41,7 @@ async def detokenize(service: ServiceDep, caller: Caller, body: DetokenizeBody) 
     """The text of tokens."""
     serving = service.serving
     await check_model(service, caller, body.model)
-    return await run_in_threadpool(_text, serving, body)
+    return await service.turns.run(caller.user_id, _text, serving, body)
 
 
 def _tokens(serving: Serving, body: TokenizePrompt | TokenizeMessages) -> dict[str, Any]:

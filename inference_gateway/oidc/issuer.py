@@ -24,6 +24,7 @@ T = TypeVar("T")
 TIMEOUT_S = 10.0
 MAX_BYTES = 256 * 1024
 MAX_KEYS = 100
+MAX_EXCHANGES = 8
 # A document is asked for again after the first, and not used beyond the second, when the provider does not answer.
 FRESH_S = 300.0
 USABLE_S = 3600.0
@@ -86,18 +87,15 @@ class Issuer:
     ):
         self._settings = settings
         self._secret = secret
-        # Each request has its deadline; an answer that is not compressed cannot unpack to more than was sent.
-        self._http = httpx.AsyncClient(
-            timeout=TIMEOUT_S,
-            verify=tls,
-            follow_redirects=False,
-            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-        )
+        # Anybody can come back with a code: exchanges are few at once and keep no documents from being fetched.
+        self._documents, self._exchange = _client(tls), _client(tls)
+        self._exchanges = asyncio.Semaphore(MAX_EXCHANGES)
         self._metadata = Kept(self._fetch_metadata, clock)
         self._keys = Kept(self._fetch_keys, clock)
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        await self._documents.aclose()
+        await self._exchange.aclose()
 
     async def metadata(self) -> Metadata:
         """Raises IssuerUnreachable."""
@@ -126,7 +124,7 @@ class Issuer:
             auth = httpx.BasicAuth(quote_plus(settings.client_id), quote_plus(self._secret))
         elif self._secret is not None:
             form["client_secret"] = self._secret
-        status, answer = await self._send("POST", metadata.token_endpoint, form, auth)
+        status, answer = await self._exchanged(metadata.token_endpoint, form, auth)
         token = answer.get("id_token")
         if status != 200 or not isinstance(token, str):
             error = answer.get("error")
@@ -135,6 +133,20 @@ class Issuer:
                 f"the identity provider gave no ID token for its code (HTTP {status}{named}); log in again"
             )
         return token
+
+    async def _exchanged(
+        self, url: str, form: Mapping[str, str], auth: httpx.Auth | None
+    ) -> tuple[int, dict[str, Any]]:
+        """As ``_send``, after those before it."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._exchanges.acquire()
+        except TimeoutError:
+            raise IssuerUnreachable("too many log-ins wait for the identity provider; try again") from None
+        try:
+            return await self._send(self._exchange, "POST", url, form, auth)
+        finally:
+            self._exchanges.release()
 
     async def _fetch_metadata(self) -> Metadata:
         url = self._settings.issuer.rstrip("/") + "/.well-known/openid-configuration"
@@ -160,19 +172,24 @@ class Issuer:
         return [key for key in keys[:MAX_KEYS] if isinstance(key, dict)]
 
     async def _get(self, url: str) -> dict[str, Any]:
-        status, told = await self._send("GET", url)
+        status, told = await self._send(self._documents, "GET", url)
         if status != 200:
             raise IssuerUnreachable(f"the identity provider answered HTTP {status} at {url}")
         return told
 
     async def _send(
-        self, method: str, url: str, form: Mapping[str, str] | None = None, auth: httpx.Auth | None = None
+        self,
+        http: httpx.AsyncClient,
+        method: str,
+        url: str,
+        form: Mapping[str, str] | None = None,
+        auth: httpx.Auth | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Status and JSON object of the answer; an answer that is no JSON object counts as an empty one."""
         body = bytearray()
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                async with self._http.stream(method, url, data=form, auth=auth) as response:
+                async with http.stream(method, url, data=form, auth=auth) as response:
                     async for chunk in response.aiter_raw():
                         body += chunk
                         if len(body) > MAX_BYTES:
@@ -184,3 +201,13 @@ class Issuer:
         except (ValueError, RecursionError):
             told = None
         return response.status_code, told if isinstance(told, dict) else {}
+
+
+def _client(tls: ssl.SSLContext | bool) -> httpx.AsyncClient:
+    """Each request has its deadline; an answer that is not compressed cannot unpack to more than was sent."""
+    return httpx.AsyncClient(
+        timeout=TIMEOUT_S,
+        verify=tls,
+        follow_redirects=False,
+        headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+    )

@@ -14,7 +14,8 @@ from policy.ids import is_valid_id
 LEEWAY_S = 30
 MAX_BYTES = 16 * 1024
 # ID tokens and access tokens (RFC 9068). Others, such as log-out tokens, are signed with the same keys.
-TYPES = ("jwt", "at+jwt", "application/at+jwt")
+ACCESS_TYPES = ("at+jwt", "application/at+jwt")
+TYPES = ("jwt", *ACCESS_TYPES)
 KEY_TYPES = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
 REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
     (jwt.ExpiredSignatureError, "it has expired"),
@@ -53,6 +54,11 @@ def header_of(token: str, algorithms: Sequence[str]) -> Header:
     if not isinstance(kind, str) or kind.lower() not in TYPES:
         raise TokenInvalid("it is neither an ID token nor an access token")
     return Header(str(algorithm), header.get("kid"))
+
+
+def is_access_token(token: str) -> bool:
+    """Whether a token is by its header one of RFC 9068, which calls its client client_id (section 2.2)."""
+    return str(jwt.get_unverified_header(token).get("typ")).lower() in ACCESS_TYPES
 
 
 def find_key(keys: Sequence[Mapping[str, Any]], header: Header) -> jwt.PyJWK | None:
@@ -97,6 +103,8 @@ def verify(
     several = isinstance(claims["aud"], list) and len(claims["aud"]) > 1
     if claims.get("azp", None if several else settings.client_id) != settings.client_id:
         raise TokenInvalid("it was issued to another client (azp)")
+    if is_access_token(token) and claims.get("client_id", claims.get("azp")) != settings.client_id:
+        raise TokenInvalid("it was issued to another client (client_id)")
     if "cnf" in claims:
         raise TokenInvalid("it is bound to a key of its owner's (cnf), which this gateway cannot ask for")
     if "events" in claims:

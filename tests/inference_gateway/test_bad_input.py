@@ -5,6 +5,8 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 
 from tests.inference_gateway.conftest import HOW, Running
 
@@ -118,6 +120,29 @@ def test_methods_and_routes_that_do_not_exist_have_the_errors_shape(running: Run
     assert running.http("alice").get("/v1/chat/completions").json()["error"]["code"] == "http_405"
     missing = running.http("alice").post("/v1/embeddings", json={})
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "http_404"
+
+
+def test_a_slash_at_the_end_sends_nobody_elsewhere(running: Running) -> None:
+    app = running.server.config.app
+    assert isinstance(app, FastAPI)
+    paths = {str(route.path_format) for route in iter_route_contexts(app.routes)}
+    assert {"/v1/chat/completions", "/tokenize", "/healthz", "/auth/session"} <= paths
+    for path in paths - {"/"}:
+        for method in ("GET", "POST"):
+            response = running.http().request(method, f"{path}/", headers={"Host": "evil.example"})
+            assert response.status_code >= 400 and "location" not in response.headers, path
+
+
+def test_no_answer_is_kept_on_the_way_but_the_pages_own(running: Running) -> None:
+    client = running.http("alice")
+    for path in ("/v1/models", "/v1/models/tiny", "/v1/openapi.json", "/v1/nothing", "/auth/session", "/readyz"):
+        assert client.get(path).headers["cache-control"] == "no-store", path
+    assert client.post("/v1/chat/completions", json=CHAT).headers["cache-control"] == "no-store"
+    assert client.post("/v1/chat/completions", json={}).headers["cache-control"] == "no-store"
+    assert client.post("/v1/chat/completions", json=CHAT | {"stream": True}).headers["cache-control"] == "no-store"
+    assert running.http().get("/v1/models").headers["cache-control"] == "no-store"
+    for path in ("/", "/playground/main.js"):
+        assert client.get(path).headers["cache-control"] == "no-cache", path
 
 
 def test_a_key_for_another_scope_is_refused(running: Running) -> None:

@@ -49,8 +49,8 @@ class Provider:
     """Signs in ``claims`` without asking. Whatever is not None in ``spoilt`` goes wrong."""
 
     def __init__(self) -> None:
-        # While it is not set, discovery does not answer.
-        self.hold = threading.Event()
+        # While they are not set, discovery does not answer, or the exchange of codes.
+        self.hold, self.exchange = threading.Event(), threading.Event()
         self.first = Signer.generate("first")
         self.signers = [self.first, Signer.generate("second", "ES256"), Signer.generate("third", "EdDSA")]
         self.app = FastAPI(openapi_url=None)
@@ -74,10 +74,12 @@ class Provider:
         self.asked: list[str] = []
         self.forms: list[dict[str, str]] = []
         self.hold.set()
+        self.exchange.set()
         self._codes: dict[str, dict[str, str]] = {}
 
     def stop(self) -> None:
         self.hold.set()
+        self.exchange.set()
         self._served.stop()
 
     def token(self, signer: Signer | None = None, header: Mapping[str, Any] | None = None, **claims: Any) -> str:
@@ -120,6 +122,7 @@ class Provider:
     async def _token(self, request: Request) -> Response:
         form = dict(parse_qsl((await request.body()).decode()))
         self.forms.append(form)
+        await asyncio.to_thread(self.exchange.wait, 20)
         if self.token_answer is not None:
             return self.token_answer
         asked = self._codes.pop(form.get("code", ""), None)

@@ -1,5 +1,6 @@
 """What the gateway asks of the identity provider, how often, and what it makes of strange answers."""
 
+import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,10 @@ import pytest
 from fastapi import Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
-from inference_gateway.oidc.errors import IssuerUnreachable
+from inference_gateway.oidc.errors import IssuerUnreachable, LoginError
+from inference_gateway.oidc.issuer import Issuer
 from inference_gateway.oidc.login import Oidc
+from inference_gateway.oidc.tokens import Header
 from tests.inference_gateway.conftest import Running, wait_until
 from tests.inference_gateway.oidc.conftest import Clock, oidc_settings
 from tests.inference_gateway.oidc.provider import CLIENT, Provider, Signer, unsigned
@@ -219,3 +222,40 @@ def test_keys_that_are_strange_do_not_hide_the_others(house: Running, provider: 
     provider.published = [7, {}, {"kty": "RSA"}, {"kty": ["RSA"], "kid": "first"}, *provider.published]  # type: ignore[list-item]
     assert ask(house, provider.token()).status_code == 200
     assert json.loads(ask(house, provider.token()).text)["object"] == "list"
+
+
+def test_codes_are_exchanged_eight_at_once_and_keep_nobody_from_the_keys(provider: Provider, clock: Clock) -> None:
+    async def exchange() -> None:
+        issuer = Issuer(oidc_settings(provider), None, True, clock)
+        try:
+            provider.exchange.clear()
+            exchanges = [asyncio.create_task(issuer.redeem(f"made-up-{n}", "v", "https://a")) for n in range(20)]
+            while len(provider.forms) < 8:
+                await asyncio.sleep(0.01)
+            assert await issuer.key(Header("RS256", "first")) is not None
+            assert len(provider.forms) == 8
+            provider.exchange.set()
+            answers = await asyncio.gather(*exchanges, return_exceptions=True)
+            assert len(provider.forms) == 20 and {type(one) for one in answers} == {LoginError}
+        finally:
+            await issuer.aclose()
+
+    run(exchange())
+
+
+def test_a_code_that_waits_too_long_for_its_exchange_is_refused(
+    provider: Provider, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def exchange() -> None:
+        monkeypatch.setattr("inference_gateway.oidc.issuer.MAX_EXCHANGES", 0)
+        issuer = Issuer(oidc_settings(provider), None, True, clock)
+        try:
+            await issuer.metadata()
+            monkeypatch.setattr("inference_gateway.oidc.issuer.TIMEOUT_S", 0.1)
+            with pytest.raises(IssuerUnreachable, match="too many log-ins wait for the identity provider; try again"):
+                await issuer.redeem("made-up", "v", "https://a")
+        finally:
+            await issuer.aclose()
+
+    run(exchange())
+    assert provider.forms == []

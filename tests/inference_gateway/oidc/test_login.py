@@ -128,6 +128,16 @@ def test_a_cookie_that_the_gateway_did_not_make_begins_nothing(house: Running, c
             assert browser.come_back(begun) == "/#login=login_expired"
 
 
+def test_a_cookie_that_is_no_text_begins_nothing(house: Running) -> None:
+    with Browser(house.url) as browser:
+        begun = browser.begin()
+        cookie = browser.http.cookies["seqr-login"].encode()
+        browser.http.cookies.clear()
+        for forged in (b"\xe9", "é".encode(), cookie + b"\xa0", cookie + b"; \x85seqr-login=" + cookie):
+            response = browser.http.get(begun, headers={"Cookie": b"seqr-login=" + forged})
+            assert response.headers["location"] == f"{house.url}/#login=login_expired"
+
+
 PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "a nonce of another log-in": (
         {"claims": {"sub": "alice", "nonce": "of-another"}},

@@ -132,6 +132,18 @@ REFUSED: dict[str, tuple[Callable[[Provider], str], str]] = {
         "it was issued by somebody else than this gateway's identity provider",
     ),
     "of another client": (_with(azp="wiki"), "it was issued to another client (azp)"),
+    "an access token of another client": (
+        lambda p: p.token(client_id="wiki", header={"typ": "at+jwt"}),
+        "it was issued to another client (client_id)",
+    ),
+    "an access token of another client, by the type's long name": (
+        lambda p: p.token(client_id="wiki", azp=CLIENT, header={"typ": "application/AT+JWT"}),
+        "it was issued to another client (client_id)",
+    ),
+    "an access token of no client": (
+        lambda p: p.token(header={"typ": "at+jwt"}),
+        "it was issued to another client (client_id)",
+    ),
     "for several, of no client": (_with(aud=[CLIENT, "wiki"]), "it was issued to another client (azp)"),
     "without a user": (_with(sub=None), "its claim sub is missing or no user id"),
     "of a user that is no id": (_with(sub="al\x00ice"), "its claim sub is missing or no user id"),
@@ -257,10 +269,11 @@ def test_an_audience_of_its_own_takes_the_place_of_the_client_id(opening: Openin
             by = provider.signers[1]
             tokens = [
                 provider.token(by, aud="https://gateway.example/api", azp=CLIENT, header={"typ": "at+jwt"}),
+                provider.token(by, aud="https://gateway.example/api", client_id=CLIENT, header={"typ": "at+jwt"}),
                 provider.token(by),
                 provider.token(aud="https://gateway.example/api"),
             ]
             heads = [{"Authorization": f"Bearer {token}"} for token in tokens]
             return [(await client.get("/v1/models", headers=head)).status_code for head in heads]
 
-    assert run(asking()) == [503, 401, 401]
+    assert run(asking()) == [503, 503, 401, 401]
