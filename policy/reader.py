@@ -48,6 +48,10 @@ class PolicyReader:
         pepper = self._pepper
         return self._read(lambda connection: keys.authenticate(connection, presented, at, pepper=pepper))
 
+    def still(self, caller: Principal, at: datetime) -> Principal:
+        """The same caller as of `at`. Raises what `authenticate` or `logged_in` would raise now."""
+        return self._read(lambda connection: keys.still(connection, caller, at))
+
     def logged_in(self, user_id: str) -> Principal:
         """The user whom an identity provider vouches for. Raises LoginNotAccepted."""
         return self._read(lambda connection: keys.logged_in(connection, user_id))

@@ -1,4 +1,4 @@
-"""The policy as the engine's guard sees it: a lost silo ends a request for good, an unreadable policy ends all."""
+"""The policy as the engine's guard sees it: a lost silo or key ends a request for good, an unreadable policy all."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +12,7 @@ from policy.reader import PolicyReader
 from policy.store import PolicyStore
 
 HOW: dict[str, Any] = {"actor": "test", "reason": "a test"}
+PEPPER = b"\1" * 32
 
 
 class Policy:
@@ -21,16 +22,18 @@ class Policy:
         self.path = path
         upgrade(f"sqlite:///{path}")
         self.engine = create_engine_for(f"sqlite:///{path}")
-        self.store = PolicyStore(self.engine)
-        self.permissions = Permissions(PolicyReader(self.engine), lambda: self.now)
+        self.store = PolicyStore(self.engine, PEPPER)
+        self.permissions = Permissions(PolicyReader(self.engine, PEPPER), lambda: self.now)
         self.store.create_user("alice", **HOW)
         for silo in ("alpha", "beta"):
             self.store.add_silo(silo, **HOW)
         self.grant = self.store.add_grant("user:alice", "alpha", **HOW)
         self.now = datetime.now(UTC)
+        self.key_id, self.secret = self.store.create_key("alice", ["chat"], "never", **HOW)
+        self.caller = self.permissions.authenticate(self.secret)
 
     def watching(self, *silos: str) -> Any:
-        return self.permissions.watching("r", self.permissions.decide("alice"), frozenset(silos))
+        return self.permissions.watching("r", self.caller, self.permissions.decide("alice"), frozenset(silos))
 
     def lost(self) -> str | None:
         failed = self.permissions.withdrawn().get("r")
@@ -82,11 +85,65 @@ def test_a_grant_that_runs_out_ends_the_request_although_no_version_changed(poli
         assert policy.lost() == "permission_revoked"
 
 
-def test_a_request_without_silos_is_never_ended_by_the_policy(policy: Policy) -> None:
+def test_a_request_without_silos_is_ended_by_no_grant(policy: Policy) -> None:
     with policy.watching():
         policy.store.revoke_grant(policy.grant, **HOW)
-        policy.store.disable_user("alice", **HOW)
         assert policy.permissions.withdrawn() == {}
+
+
+@pytest.mark.parametrize("silos", [(), ("alpha",)])
+def test_a_revoked_key_ends_its_requests_and_no_others(policy: Policy, silos: tuple[str, ...]) -> None:
+    other = policy.permissions.authenticate(policy.store.create_key("alice", ["chat"], **HOW).secret)
+    decision = policy.permissions.decide("alice")
+    with policy.watching(*silos), policy.permissions.watching("other", other, decision, frozenset(silos)):
+        assert policy.permissions.withdrawn() == {}
+        policy.store.revoke_key(policy.key_id, **HOW)
+        assert {name: failed.code for name, failed in policy.permissions.withdrawn().items()} == {"r": "access_ended"}
+
+
+def test_a_key_revoked_before_the_silos_were_decided_ends_the_request(policy: Policy) -> None:
+    policy.store.revoke_key(policy.key_id, **HOW)
+    with policy.watching("alpha"):
+        assert policy.lost() == "access_ended"
+
+
+def test_a_key_that_runs_out_ends_the_request_although_no_version_changed(policy: Policy) -> None:
+    _, secret = policy.store.create_key("alice", ["chat"], policy.now + timedelta(hours=1), **HOW)
+    policy.caller = policy.permissions.authenticate(secret)
+    with policy.watching("alpha"):
+        policy.now += timedelta(minutes=59)
+        assert policy.lost() is None
+        policy.now += timedelta(minutes=1)
+        assert policy.lost() == "access_ended"
+
+
+def test_a_rotated_keys_answers_end_with_its_overlap(policy: Policy) -> None:
+    with policy.watching("alpha"):
+        assert policy.lost() is None
+        policy.store.rotate_key(policy.key_id, overlap=timedelta(hours=2), **HOW)
+        assert policy.lost() is None
+        policy.now += timedelta(hours=3)
+        assert policy.lost() == "access_ended"
+
+
+def test_a_lost_role_ends_what_was_asked_with_a_key(policy: Policy) -> None:
+    with policy.watching("alpha"):
+        assert policy.lost() is None
+        policy.store.set_roles("alice", ["auditor"], **HOW)
+        assert policy.lost() == "access_ended"
+
+
+@pytest.mark.parametrize("act", ["disable", "role"])
+def test_an_answer_to_somebody_who_logged_in_ends_with_the_right_to_ask(policy: Policy, act: str) -> None:
+    policy.caller = policy.permissions.logged_in("alice")
+    with policy.watching():
+        policy.store.revoke_key(policy.key_id, **HOW)
+        assert policy.lost() is None
+        if act == "disable":
+            policy.store.disable_user("alice", **HOW)
+        else:
+            policy.store.set_roles("alice", [], **HOW)
+        assert policy.lost() == "access_ended"
 
 
 def test_a_finished_request_is_forgotten(policy: Policy) -> None:
@@ -95,19 +152,20 @@ def test_a_finished_request_is_forgotten(policy: Policy) -> None:
     assert policy.permissions.withdrawn() == {}
 
 
-def test_an_unreadable_policy_ends_every_request_that_may_use_a_silo(policy: Policy) -> None:
-    with policy.watching("alpha"):
+@pytest.mark.parametrize("silos", [(), ("alpha",)])
+def test_an_unreadable_policy_ends_every_request(policy: Policy, silos: tuple[str, ...]) -> None:
+    with policy.watching(*silos):
         assert policy.lost() is None
         with policy.engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE policy_state RENAME TO gone")
         assert policy.lost() == "policy_unavailable"
 
 
-@pytest.mark.parametrize("act", ["revoke", "quarantine", "disable", "time", "unreadable"])
+@pytest.mark.parametrize("act", ["revoke", "quarantine", "disable", "time", "key", "unreadable"])
 def test_a_written_answer_is_lost_with_the_permission_it_was_written_under(policy: Policy, act: str) -> None:
     decision, alpha = policy.permissions.decide("alice"), frozenset(["alpha"])
     policy.store.create_user("bob", **HOW)
-    assert policy.permissions.lost(decision, alpha) is None
+    assert policy.permissions.lost(policy.caller, decision, alpha) is None
     if act == "revoke":
         policy.store.revoke_grant(policy.grant, **HOW)
     elif act == "quarantine":
@@ -116,9 +174,11 @@ def test_a_written_answer_is_lost_with_the_permission_it_was_written_under(polic
         policy.store.disable_user("alice", **HOW)
     elif act == "time":
         policy.now += timedelta(days=91)
+    elif act == "key":
+        policy.store.revoke_key(policy.key_id, **HOW)
     else:
         with policy.engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE policy_state RENAME TO gone")
-    lost = policy.permissions.lost(decision, alpha)
-    assert lost is not None and lost.code == ("policy_unavailable" if act == "unreadable" else "permission_revoked")
-    assert policy.permissions.lost(decision, frozenset()) is None
+    lost = policy.permissions.lost(policy.caller, decision, alpha)
+    codes = {"unreadable": "policy_unavailable", "key": "access_ended"}
+    assert lost is not None and lost.code == codes.get(act, "permission_revoked")
