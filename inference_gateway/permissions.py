@@ -44,10 +44,18 @@ class Permissions:
     That right is lost when the key is revoked or ends, its user is disabled, or key or roles no longer allow to chat.
     A request that is lost stays lost until it is over, even when the silo is granted again meanwhile: the engine may
     not have it in a batch yet. When the policy cannot be read, every request is lost.
+
+    ``guards``: a reader for ``withdrawn`` alone, so that the engine's steps never queue behind those who knock.
     """
 
-    def __init__(self, reader: PolicyReader, clock: Callable[[], datetime] = lambda: datetime.now(UTC)):
+    def __init__(
+        self,
+        reader: PolicyReader,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        guards: PolicyReader | None = None,
+    ):
         self._reader = reader
+        self._guards = guards or reader
         self._clock = clock
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
@@ -85,7 +93,7 @@ class Permissions:
         """Why what was written under ``decision`` with ``silos`` must not be handed over now; None when it may."""
         one = _Watched(caller, silos, decision)
         try:
-            self._refresh([one])
+            self._refresh(self._reader, [one])
         except PolicyError:
             return UNREADABLE
         return one.lost
@@ -95,40 +103,41 @@ class Permissions:
         with self._lock:
             watched = dict(self._watched)
         try:
-            self._refresh([one for one in watched.values() if one.lost is None])
+            self._refresh(self._guards, [one for one in watched.values() if one.lost is None])
         except PolicyError:
             for one in watched.values():
                 one.lost = one.lost or UNREADABLE
         return {request_id: one.lost for request_id, one in watched.items() if one.lost is not None}
 
-    def _refresh(self, watched: list[_Watched]) -> None:
+    def _refresh(self, reader: PolicyReader, watched: list[_Watched]) -> None:
         if not watched:
             return
-        now, version = self._clock(), self._reader.version()
+        now, version = self._clock(), reader.version()
         decided: dict[str, Decision] = {}
         callers: dict[Principal, Principal | None] = {}
         for one in watched:
             user_id = one.caller.user_id
             if one.silos and not one.decision.still_holds(version, now):
                 if user_id not in decided:
-                    decided[user_id] = self._reader.permitted(user_id, now)
+                    decided[user_id] = reader.permitted(user_id, now)
                 one.decision = decided[user_id]
                 if not one.silos <= set(one.decision.silos):
                     one.lost = REVOKED
             if one.lost is None and not one.caller_holds(version, now):
                 if one.caller not in callers:
-                    callers[one.caller] = self._still(one.caller, now)
+                    callers[one.caller] = _still(reader, one.caller, now)
                 caller = callers[one.caller]
                 if caller is None:
                     one.lost = ENDED
                 else:
                     one.caller, one.version = caller, version
 
-    def _still(self, caller: Principal, now: datetime) -> Principal | None:
-        """The caller as the policy has it now; None for one who may not chat any more."""
-        try:
-            present = self._reader.still(caller, now)
-            present.require("chat")
-        except (NotAuthenticated, NotAllowed):
-            return None
-        return present
+
+def _still(reader: PolicyReader, caller: Principal, now: datetime) -> Principal | None:
+    """The caller as the policy has it now; None for one who may not chat any more."""
+    try:
+        present = reader.still(caller, now)
+        present.require("chat")
+    except (NotAuthenticated, NotAllowed):
+        return None
+    return present

@@ -137,13 +137,20 @@ def authenticate(connection: Connection, presented: str, at: datetime, *, pepper
     A wrong secret behind a known prefix and an unknown prefix cost the same: one HMAC and one comparison.
     """
     instant = to_micros(at, "time of the request")
-    match = PATTERN.fullmatch(presented) if isinstance(presented, str) else None
-    prefix = match[1] if match else ""
+    prefix = prefix_of(presented)
     key = connection.execute(_KEYS.where(ApiKey.prefix == prefix)).mappings().first()
-    mine = digest(pepper, presented if match else "")
+    mine = digest(pepper, presented)
     if not hmac.compare_digest(mine, key["digest"] if key is not None else "0" * 64) or key is None:
         raise KeyUnknown
     return _owner(connection, key, instant)
+
+
+def prefix_of(presented: str) -> str:
+    """The part of a key that finds its row. Raises KeyUnknown for what has not a key's form, which is no secret."""
+    match = PATTERN.fullmatch(presented) if isinstance(presented, str) else None
+    if match is None:
+        raise KeyUnknown
+    return match[1]
 
 
 def still(connection: Connection, caller: Principal, at: datetime) -> Principal:

@@ -1,10 +1,13 @@
 """The policy as the engine's guard sees it: a lost silo or key ends a request for good, an unreadable policy all."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from inference_gateway.permissions import Permissions
 from policy.db import create_engine_for, upgrade
@@ -144,6 +147,29 @@ def test_an_answer_to_somebody_who_logged_in_ends_with_the_right_to_ask(policy: 
         else:
             policy.store.set_roles("alice", [], **HOW)
         assert policy.lost() == "access_ended"
+
+
+def test_the_engines_guard_does_not_wait_for_callers_who_are_being_looked_up(policy: Policy) -> None:
+    looked_up, go_on = threading.Event(), threading.Event()
+
+    def slow(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "api_keys.prefix =" in statement:
+            looked_up.set()
+            go_on.wait(30)
+
+    guards = PolicyReader(policy.engine)
+    permissions = Permissions(PolicyReader(policy.engine, PEPPER), guards=guards)
+    with permissions.watching("r", policy.caller, policy.permissions.decide("alice"), frozenset(["alpha"])):
+        event.listen(policy.engine, "before_cursor_execute", slow)
+        with ThreadPoolExecutor(2) as threads:
+            knocking = threads.submit(permissions.authenticate, policy.secret)
+            try:
+                assert looked_up.wait(30)
+                assert threads.submit(permissions.withdrawn).result(30) == {}
+            finally:
+                go_on.set()
+            assert knocking.result(30).user_id == "alice"
+    guards.close()
 
 
 def test_a_finished_request_is_forgotten(policy: Policy) -> None:
