@@ -67,7 +67,8 @@ class Bench:
         ids = tuple(range(100, 100 + self.prompt))
         name = f"{stream.user}-{time.monotonic_ns()}"
         request = GenerationRequest(name, ids, 100_000, frozenset([self.key]), "per_token")
-        with self.permissions.watching(name, self.permissions.decide(stream.user), frozenset([SILO])):
+        caller, decision = self.permissions.logged_in(stream.user), self.permissions.decide(stream.user)
+        with self.permissions.watching(name, caller, decision, frozenset([SILO])):
             async for event in self.engine.generate(request):
                 if isinstance(event, Tokens):
                     stream.last, stream.tokens = time.perf_counter(), stream.tokens + len(event.ids)

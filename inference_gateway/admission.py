@@ -27,7 +27,7 @@ class Admission:
     def __init__(self, settings: Settings, metrics: Metrics, limits: RateLimits | None = None):
         self.settings = settings
         self.metrics = metrics
-        self.queue = FairQueue(settings.max_concurrent, settings.max_waiting)
+        self.queue = FairQueue(settings.max_concurrent, settings.max_waiting, settings.places_per_user)
         self._limits = limits or RateLimits()
 
     def admit(

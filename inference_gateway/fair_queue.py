@@ -26,10 +26,14 @@ class FairQueue:
 
     When it is full, a newcomer takes the place in line of the longest line's last request, if that line stays at
     least as long as the newcomer's own: nobody can fill the queue for the others.
+
+    No place is ever taken from an answer, so a user gets ``per_user`` of them at most (all, unless said otherwise) and
+    waits even while others are free: with fewer than all, nobody can hold every place for as long as an answer takes.
     """
 
-    def __init__(self, places: int, max_waiting: int):
+    def __init__(self, places: int, max_waiting: int, per_user: int | None = None):
         self.places = places
+        self._per_user = places if per_user is None else per_user
         self._max_waiting = max_waiting
         self._free = places
         self._held: Counter[str] = Counter()
@@ -98,8 +102,8 @@ class FairQueue:
         return waiter
 
     def _hand_out(self) -> None:
-        while self._lines and self._free:
-            user_id = min(self._lines, key=self._turn)
+        while self._free and (entitled := [user for user in self._lines if self._held[user] < self._per_user]):
+            user_id = min(entitled, key=self._turn)
             waiter = self._lines[user_id][0]
             if waiter.admitted.done():  # it was cancelled and has not noticed yet
                 self._step_out(waiter)

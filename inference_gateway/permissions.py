@@ -8,13 +8,16 @@ from datetime import UTC, datetime
 
 from inference_gateway.engine.base import Failed
 from policy.decision import Decision
-from policy.errors import PolicyError
+from policy.errors import NotAllowed, NotAuthenticated, PolicyError
 from policy.keys import Principal
 from policy.limits import Limits
 from policy.reader import PolicyReader
 
 REVOKED = Failed(
     "permission_revoked", "the permission for a silo that this answer may draw on has ended; ask again without it"
+)
+ENDED = Failed(
+    "access_ended", "the key or the log-in that this answer was asked for with no longer counts; ask again with another"
 )
 UNREADABLE = Failed(
     "policy_unavailable", "the policy cannot be read, so nothing that depends on a permission can go on; try again"
@@ -23,21 +26,36 @@ UNREADABLE = Failed(
 
 @dataclass
 class _Watched:
-    user_id: str
+    caller: Principal
     silos: frozenset[str]
     decision: Decision
+    # The policy version under which the caller was last looked at; None: not since the request came.
+    version: int | None = None
     lost: Failed | None = None
+
+    def caller_holds(self, version: int, at: datetime) -> bool:
+        end = self.caller.expires_at
+        return version == self.version and (end is None or at < end)
 
 
 class Permissions:
-    """Decides through the policy's reader, and tells the engine which running requests have lost a silo.
+    """Decides through the policy's reader, and tells the engine which requests have lost a silo, or the right to ask.
 
-    A request that lost a silo stays lost until it is over, even when the silo is granted again meanwhile: the engine
-    may not have it in a batch yet. When the policy cannot be read, every request that may use a silo is lost.
+    That right is lost when the key is revoked or ends, its user is disabled, or key or roles no longer allow to chat.
+    A request that is lost stays lost until it is over, even when the silo is granted again meanwhile: the engine may
+    not have it in a batch yet. When the policy cannot be read, every request is lost.
+
+    ``guards``: a reader for ``withdrawn`` alone, so that the engine's steps never queue behind those who knock.
     """
 
-    def __init__(self, reader: PolicyReader, clock: Callable[[], datetime] = lambda: datetime.now(UTC)):
+    def __init__(
+        self,
+        reader: PolicyReader,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        guards: PolicyReader | None = None,
+    ):
         self._reader = reader
+        self._guards = guards or reader
         self._clock = clock
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
@@ -61,21 +79,21 @@ class Permissions:
         return self._reader.limits(principal.user_id, principal.key_id)
 
     @contextmanager
-    def watching(self, request_id: str, decision: Decision, silos: frozenset[str]) -> Iterator[None]:
-        """While open, the request is withdrawn as soon as its user may no longer use all of ``silos``."""
+    def watching(self, request_id: str, caller: Principal, decision: Decision, silos: frozenset[str]) -> Iterator[None]:
+        """While open, the request is withdrawn as soon as ``caller`` may not chat, or not use all of ``silos``."""
         with self._lock:
-            self._watched[request_id] = _Watched(decision.user_id, silos, decision)
+            self._watched[request_id] = _Watched(caller, silos, decision)
         try:
             yield
         finally:
             with self._lock:
                 del self._watched[request_id]
 
-    def lost(self, decision: Decision, silos: frozenset[str]) -> Failed | None:
+    def lost(self, caller: Principal, decision: Decision, silos: frozenset[str]) -> Failed | None:
         """Why what was written under ``decision`` with ``silos`` must not be handed over now; None when it may."""
-        one = _Watched(decision.user_id, silos, decision)
+        one = _Watched(caller, silos, decision)
         try:
-            self._refresh([one] if silos else [])
+            self._refresh(self._reader, [one])
         except PolicyError:
             return UNREADABLE
         return one.lost
@@ -83,24 +101,43 @@ class Permissions:
     def withdrawn(self) -> Mapping[str, Failed]:
         """The requests that must not go on, by id. Reads the policy version; decides anew only when it has to."""
         with self._lock:
-            watched = {request_id: one for request_id, one in self._watched.items() if one.silos}
+            watched = dict(self._watched)
         try:
-            self._refresh([one for one in watched.values() if one.lost is None])
+            self._refresh(self._guards, [one for one in watched.values() if one.lost is None])
         except PolicyError:
             for one in watched.values():
                 one.lost = one.lost or UNREADABLE
         return {request_id: one.lost for request_id, one in watched.items() if one.lost is not None}
 
-    def _refresh(self, watched: list[_Watched]) -> None:
+    def _refresh(self, reader: PolicyReader, watched: list[_Watched]) -> None:
         if not watched:
             return
-        now, version = self._clock(), self._reader.version()
+        now, version = self._clock(), reader.version()
         decided: dict[str, Decision] = {}
+        callers: dict[Principal, Principal | None] = {}
         for one in watched:
-            if one.decision.still_holds(version, now):
-                continue
-            if one.user_id not in decided:
-                decided[one.user_id] = self._reader.permitted(one.user_id, now)
-            one.decision = decided[one.user_id]
-            if not one.silos <= set(one.decision.silos):
-                one.lost = REVOKED
+            user_id = one.caller.user_id
+            if one.silos and not one.decision.still_holds(version, now):
+                if user_id not in decided:
+                    decided[user_id] = reader.permitted(user_id, now)
+                one.decision = decided[user_id]
+                if not one.silos <= set(one.decision.silos):
+                    one.lost = REVOKED
+            if one.lost is None and not one.caller_holds(version, now):
+                if one.caller not in callers:
+                    callers[one.caller] = _still(reader, one.caller, now)
+                caller = callers[one.caller]
+                if caller is None:
+                    one.lost = ENDED
+                else:
+                    one.caller, one.version = caller, version
+
+
+def _still(reader: PolicyReader, caller: Principal, now: datetime) -> Principal | None:
+    """The caller as the policy has it now; None for one who may not chat any more."""
+    try:
+        present = reader.still(caller, now)
+        present.require("chat")
+    except (NotAuthenticated, NotAllowed):
+        return None
+    return present

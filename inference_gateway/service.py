@@ -89,7 +89,8 @@ class Service:
         self._signing_key = SigningKey.load(settings.signing_key_file)
         self._database = create_engine_for(settings.policy_database_url)
         self._reader = PolicyReader(self._database, load_pepper(settings.policy_pepper_file))
-        self.permissions = Permissions(self._reader)
+        self._guards_reader = PolicyReader(self._database)
+        self.permissions = Permissions(self._reader, guards=self._guards_reader)
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics)
         self.metrics.watch(self)
@@ -113,6 +114,7 @@ class Service:
         if self.oidc is not None:
             await self.oidc.aclose()
         self._reader.close()
+        self._guards_reader.close()
         self._database.dispose()
         await asyncio.to_thread(self.tracing.stop)
 

@@ -90,6 +90,8 @@ class Settings(FileSettings):
     oidc: OidcSettings | None = None
 
     max_concurrent: int = Field(default=16, ge=1, le=1024)
+    # Of these for one user; unset: all but one, so that nobody can hold them all.
+    max_concurrent_per_user: int | None = Field(default=None, ge=1, le=1024)
     # Requests that wait for one of the places; beyond them the gateway answers 503 at once.
     max_waiting: int = Field(default=256, ge=0)
     queue_timeout_seconds: float = Field(default=60, gt=0)
@@ -127,6 +129,11 @@ class Settings(FileSettings):
         ):  # fmt: skip
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else directory / path.expanduser())
+
+    @property
+    def places_per_user(self) -> int:
+        """How many answers to one user are written at once, at most."""
+        return min(self.max_concurrent, self.max_concurrent_per_user or max(1, self.max_concurrent - 1))
 
     @property
     def config_file(self) -> Path:

@@ -37,7 +37,7 @@ from policy.grants import end_of
 from policy.ids import check_id, is_valid_id
 from policy.limits import pass_on
 from policy.models import SCOPES, ApiKey, User
-from policy.times import DEFAULT_LIFETIME, MICROSECOND, Never, iso, to_micros
+from policy.times import DEFAULT_LIFETIME, MICROSECOND, Never, from_micros, iso, to_micros
 from policy.transaction import Change
 from policy.users import require_user, roles_of, user_status
 
@@ -46,6 +46,7 @@ PEPPER_BYTES: Final = 32
 SECRETS_MOUNT: Final = Path("/run/secrets")
 PATTERN: Final = re.compile(r"seqr_([a-z0-9]{8})_[A-Za-z0-9_-]{43}", re.ASCII)
 _PREFIX_LETTERS: Final = string.ascii_lowercase + string.digits
+_KEYS: Final = select(ApiKey.__table__, User.status).join(User, User.user_id == ApiKey.user_id)
 
 # What a role's user may do with a key, at most. A key loses a scope at once when its user loses the role.
 SCOPES_OF_ROLE: Final[dict[str, frozenset[str]]] = {
@@ -62,13 +63,15 @@ SCOPES_OF_ROLE: Final[dict[str, frozenset[str]]] = {
 class Principal:
     """Who presented a key. `scopes`: the key's scopes that the user's present roles still allow.
 
-    `key_id` is None for somebody who logged in with an identity provider and has no key.
+    `key_id` is None for somebody who logged in with an identity provider and has no key. `expires_at`: when the key
+    ends, unless it is revoked before; None: it does not.
     """
 
     user_id: str
     key_id: str | None
     roles: frozenset[str]
     scopes: frozenset[str]
+    expires_at: datetime | None = None
 
     def require(self, scope: str) -> None:
         """Raises ScopeMissing."""
@@ -134,15 +137,33 @@ def authenticate(connection: Connection, presented: str, at: datetime, *, pepper
     A wrong secret behind a known prefix and an unknown prefix cost the same: one HMAC and one comparison.
     """
     instant = to_micros(at, "time of the request")
-    match = PATTERN.fullmatch(presented) if isinstance(presented, str) else None
-    prefix = match[1] if match else ""
-    query = (
-        select(ApiKey.__table__, User.status).join(User, User.user_id == ApiKey.user_id).where(ApiKey.prefix == prefix)
-    )
-    key = connection.execute(query).mappings().first()
-    mine = digest(pepper, presented if match else "")
+    prefix = prefix_of(presented)
+    key = connection.execute(_KEYS.where(ApiKey.prefix == prefix)).mappings().first()
+    mine = digest(pepper, presented)
     if not hmac.compare_digest(mine, key["digest"] if key is not None else "0" * 64) or key is None:
         raise KeyUnknown
+    return _owner(connection, key, instant)
+
+
+def prefix_of(presented: str) -> str:
+    """The part of a key that finds its row. Raises KeyUnknown for what has not a key's form, which is no secret."""
+    match = PATTERN.fullmatch(presented) if isinstance(presented, str) else None
+    if match is None:
+        raise KeyUnknown
+    return match[1]
+
+
+def still(connection: Connection, caller: Principal, at: datetime) -> Principal:
+    """The same caller as of `at`. Raises what `authenticate` or `logged_in` would raise now."""
+    if caller.key_id is None:
+        return logged_in(connection, caller.user_id)
+    key = connection.execute(_KEYS.where(ApiKey.key_id == caller.key_id)).mappings().first()
+    if key is None:
+        raise KeyUnknown
+    return _owner(connection, key, to_micros(at, "time of the check"))
+
+
+def _owner(connection: Connection, key: Any, instant: int) -> Principal:
     if key["revoked_at"] is not None:
         raise KeyRevoked
     if key["expires_at"] is not None and key["expires_at"] <= instant:
@@ -150,7 +171,9 @@ def authenticate(connection: Connection, presented: str, at: datetime, *, pepper
     if key["status"] != "active":
         raise UserDisabled
     roles = roles_of(connection, key["user_id"])
-    return Principal(key["user_id"], key["key_id"], roles, frozenset(key["scopes"].split()) & allowed_scopes(roles))
+    scopes = frozenset(key["scopes"].split()) & allowed_scopes(roles)
+    end = None if key["expires_at"] is None else from_micros(key["expires_at"])
+    return Principal(key["user_id"], key["key_id"], roles, scopes, end)
 
 
 def logged_in(connection: Connection, user_id: str) -> Principal:

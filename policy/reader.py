@@ -46,7 +46,12 @@ class PolicyReader:
         if self._pepper is None:
             raise PepperMissing
         pepper = self._pepper
+        keys.prefix_of(presented)  # what is no key costs the database nothing
         return self._read(lambda connection: keys.authenticate(connection, presented, at, pepper=pepper))
+
+    def still(self, caller: Principal, at: datetime) -> Principal:
+        """The same caller as of `at`. Raises what `authenticate` or `logged_in` would raise now."""
+        return self._read(lambda connection: keys.still(connection, caller, at))
 
     def logged_in(self, user_id: str) -> Principal:
         """The user whom an identity provider vouches for. Raises LoginNotAccepted."""

@@ -162,7 +162,7 @@ def begin(service: Service, caller: Principal, asked: Asked, stops: Sequence[str
     """Begin all choices, ``limit`` as in ``Answers``. The caller closes what this returns."""
 
     def lost() -> Failed | None:
-        return service.permissions.lost(asked.decision, frozenset(asked.silos))
+        return service.permissions.lost(caller, asked.decision, frozenset(asked.silos))
 
     return Answers(_opened(service, caller, asked, stops), len(asked.requests), limit, lost)
 
@@ -172,11 +172,17 @@ async def _opened(
     service: Service, caller: Principal, asked: Asked, stops: Sequence[str]
 ) -> AsyncGenerator[Sequence[AsyncGenerator[Piece]]]:
     with await admitted(service, caller, asked.requests, asked.prompt_tokens) as grant:
-        yield [answer(service, asked, request, index, stops, grant) for index, request in enumerate(asked.requests)]
+        yield [answer(service, caller, asked, *one, stops, grant) for one in enumerate(asked.requests)]
 
 
 async def answer(
-    service: Service, asked: Asked, request: GenerationRequest, index: int, stops: Sequence[str], grant: Grant
+    service: Service,
+    caller: Principal,
+    asked: Asked,
+    index: int,
+    request: GenerationRequest,
+    stops: Sequence[str],
+    grant: Grant,
 ) -> AsyncGenerator[Piece]:
     """The pieces of one choice; the last has a reason or has failed. Closing it ends the request in the engine."""
     text = TextStream(asked.serving.tokenizer, stops)
@@ -188,7 +194,7 @@ async def answer(
         tokens = [(waiting.popleft(), piece) for piece in pieces]
         return tuple(ShownToken(token.id, piece, token.logprobs, token.shares) for token, piece in tokens)
 
-    with service.permissions.watching(request.request_id, asked.decision, frozenset(asked.silos)):
+    with service.permissions.watching(request.request_id, caller, asked.decision, frozenset(asked.silos)):
         async with aclosing(grant.generate(asked.serving.engine, request)) as events:
             async for event in events:
                 if isinstance(event, Tokens):

@@ -89,7 +89,7 @@ async def prepare(
 
 def _check_count(settings: Settings, prompts: int, choices: int, param: str) -> None:
     """Raises InvalidValue for more answers than can ever run and wait here together."""
-    possible = settings.max_concurrent + settings.max_waiting
+    possible = settings.places_per_user + settings.max_waiting
     if prompts * choices > possible:
         raise InvalidValue(
             f"{prompts * choices} answers ({prompts} from {param}, n = {choices}) are more than the {possible} that "

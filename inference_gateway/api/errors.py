@@ -18,6 +18,7 @@ from seqr.errors import SeqrError
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 # A request that ended while it ran: the status when nothing has been sent yet.
 FAILED_STATUS = {
+    "access_ended": 401,
     "permission_revoked": 403,
     "policy_unavailable": 503,
     "adapter_replaced": 503,

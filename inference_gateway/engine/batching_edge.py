@@ -38,6 +38,9 @@ from seqr.step import reset_context, set_context
 TRANSFORMERS = "5.23.0"
 # A worker that cannot finish a single step is broken; one bad step now and then is not.
 MAX_FAILED_STEPS = 5
+# What the library's log would say with tokens in it.
+WITH_TOKENS = ("Request with ids", "generated a useless token")
+STOPPED = "the engine's worker has stopped; the gateway has to be restarted"
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ class BatchingEdge:
             ),
         )
         self._manager.edge = self
+        logging.getLogger("ContinuousBatchingLogger").addFilter(_names_no_token)
         self.threads = threads
         self._manager.output_router = _Router(self._hand_over)
         self._manager.logit_processor.logits_processor.append(_Picker(self._pick))
@@ -121,13 +125,19 @@ class BatchingEdge:
     def alive(self) -> bool:
         return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
 
+    def _require_alive(self) -> None:
+        if not self.alive:
+            raise EngineStopped(STOPPED)
+
     def submit(self, request_id: str, prompt: Sequence[int], max_tokens: int, eos: Sequence[int]) -> None:
         """Queue a request; raises ``EngineStopped``."""
+        self._require_alive()
         accepted = self._manager.add_request(
             list(prompt), request_id=request_id, max_new_tokens=max_tokens, streaming=True, eos_token_id=list(eos)
         )
-        if accepted is None or not self.alive:
-            raise EngineStopped("the engine's worker has stopped; the gateway has to be restarted")
+        if accepted is None:
+            raise EngineStopped(STOPPED)
+        self._require_alive()
 
     def cancel(self, request_id: str) -> None:
         """Drop a request before the next step."""
@@ -140,8 +150,7 @@ class BatchingEdge:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Hold the worker between two steps. Raises ``EngineStopped``."""
-        if not self.alive:
-            raise EngineStopped("the engine's worker has stopped; the gateway has to be restarted")
+        self._require_alive()
         with self._manager.pause():
             yield
 
@@ -323,6 +332,10 @@ class _Picker:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._pick(scores)
         return scores
+
+
+def _names_no_token(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in WITH_TOKENS)
 
 
 def check_version() -> None:

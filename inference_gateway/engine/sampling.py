@@ -37,6 +37,8 @@ class Sampler:
         self._sampling = sampling
         self._matcher = matcher
         self._repeated = set(prompt) if sampling.repetition_penalty != 1.0 else set()
+        self._biased = torch.tensor([token for token, _ in sampling.logit_bias], dtype=torch.long)
+        self._bias = torch.tensor([addend for _, addend in sampling.logit_bias], dtype=torch.float64)
         self._counts: Counter[int] = Counter()
         self._logprobs: list[TokenLogprobs] = []
         self._generator = torch.Generator(device="cpu")
@@ -75,8 +77,8 @@ class Sampler:
             ids = torch.tensor(list(self._counts), dtype=torch.long)
             times = torch.tensor(list(self._counts.values()), dtype=row.dtype)
             row[ids] -= asked.presence_penalty + asked.frequency_penalty * times
-        for token, addend in asked.logit_bias:
-            row[token] += addend
+        if asked.logit_bias:
+            row.index_add_(0, self._biased, self._bias)
         if self._matcher is not None:
             row.masked_fill_(~self._matcher.allowed(), -float("inf"))
 

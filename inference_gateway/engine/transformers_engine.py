@@ -200,6 +200,8 @@ class TransformersEngine:
                 return
             try:
                 self._submit(sequence)
+                if sequence.ended:  # by the policy or a swap, before there was a pass to cancel
+                    self._edge.cancel(sequence.pass_id)
                 while True:
                     event = await queue.get()
                     if isinstance(event, Tokens):
@@ -372,11 +374,13 @@ class TransformersEngine:
 
     def _go_on(self, sequence: Running, output: Output) -> None:
         """From reading the prompt to answering it."""
-        if output.error is not None or sequence.slot is None:
+        # Whoever ends the request takes the slot from it at any moment; what is in it stays until the next step.
+        slot = sequence.slot
+        if output.error is not None or slot is None:
             self._sequences.end(sequence.request_id, BROKEN)
         elif output.finished:
             adapters = {(key.silo_id, key.revision) for key in sequence.request.adapters}
-            standing = self._evidence.standing(sequence.slot, adapters)
+            standing = self._evidence.standing(slot, adapters)
             sequence.margin = prompt_margin(sequence, self._rows, standing, len(self._plan.modules))
             self._sequences.has_read(sequence, standing)
             try:

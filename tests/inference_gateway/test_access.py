@@ -116,6 +116,31 @@ def test_a_quarantined_silo_is_out_at_once_for_running_and_new_requests(own: Run
     own.world.revoke("bob", "beta")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_revoked_key_ends_the_answers_that_were_asked_for_with_it(own: Running, stream: bool) -> None:
+    issued = own.world.policy.create_key("carol", ["chat"], **HOW)
+    own.world.keys["carol's second"] = issued.secret
+    body = BODY | {"max_tokens": 400, "stream": stream}
+    ended: list[tuple[int, Any]] = []
+
+    def ask() -> None:
+        response = own.http("carol's second").post("/v1/chat/completions", json=body)
+        ended.append((response.status_code, list(events_of(response))[-1] if stream else response.json()))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    before = own.service.serving.engine.info().generated_tokens
+    wait_until(lambda: own.service.serving.engine.info().generated_tokens > before + 5)
+    own.world.policy.revoke_key(issued.key_id, **HOW)
+    thread.join()
+    ((status, last),) = ended
+    assert status == (200 if stream else 401)
+    assert (last["error"]["code"], last["error"]["type"]) == ("access_ended", "authentication_error")
+    assert last["error"]["message"] == (
+        "the key or the log-in that this answer was asked for with no longer counts; ask again with another"
+    )
+
+
 def test_a_plain_answer_that_loses_its_silo_ends_with_403(own: Running) -> None:
     own.world.grant("bob", "beta")
     answers: list[httpx.Response] = []

@@ -139,6 +139,34 @@ def test_fifty_parallel_requests_under_a_limit_of_seven_at_once_are_seven() -> N
     run(session)
 
 
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 3),
+        ({"max_concurrent_per_user": 2}, 2),
+        ({"max_concurrent_per_user": 9}, 4),
+        ({"max_concurrent": 1}, 1),
+    ],
+)
+def test_one_user_gets_all_places_but_one_unless_the_operator_says_otherwise(
+    settings: dict[str, int], most: int
+) -> None:
+    async def session() -> None:
+        admission, engine = door(**({"max_concurrent": 4} | settings)), ScriptedEngine(None)
+        grant = admit(admission, answers=9)
+        answers = [asyncio.create_task(read(grant, engine, request(f"r{i}"))) for i in range(9)]
+        while len(engine.asked) < most:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (admission.queue.running, admission.queue.waiting) == (most, 9 - most)
+        for answer in answers:
+            answer.cancel()
+        await asyncio.gather(*answers, return_exceptions=True)
+        grant.close()
+
+    run(session)
+
+
 def test_an_answer_that_never_had_a_place_is_charged_nothing() -> None:
     async def session() -> None:
         limits = (Limits(requests_per_minute=2), Limits())
@@ -209,7 +237,7 @@ def test_waiting_counts_towards_the_deadline_of_the_request() -> None:
 
 def test_the_answers_of_one_request_take_a_place_each_and_are_charged_together() -> None:
     async def session() -> None:
-        admission, limits = door(max_concurrent=2), (Limits(tokens_per_day=50), Limits())
+        admission, limits = door(max_concurrent=3), (Limits(tokens_per_day=50), Limits())
         engine = ScriptedEngine(Tokens((1, 2, 3)), Finished("length"))
         most = 0
 

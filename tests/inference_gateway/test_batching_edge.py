@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.generation.continuous_batching import continuous_api, input_outputs
+from transformers.generation.continuous_batching import continuous_api, input_outputs, requests
 
 from inference_gateway.engine import batching_edge
 from inference_gateway.engine.base import Failed, Finished
 from inference_gateway.engine.transformers_engine import TransformersEngine
-from inference_gateway.errors import EngineIncompatible
+from inference_gateway.errors import EngineIncompatible, EngineStopped
+from seqr.logs import adopt
 from seqr.models import load_base_model
 from seqr.plan import Plan
 from tests.inference_gateway.support import OpenGuard, ask, build_engine, prompts, resident, run
@@ -122,6 +123,40 @@ def test_a_failed_step_ends_its_requests_and_the_worker_goes_on(model_dir: Path,
     assert isinstance(first, Failed) and first.code == "generation_failed"
     assert "ZeroDivision" not in first.message
     assert isinstance(second, Finished) and alive
+
+
+@pytest.mark.parametrize("seen_in_time", [True, False])
+def test_a_prompt_for_a_stopped_worker_is_refused_and_no_token_of_it_is_logged(
+    model_dir: Path,
+    plan: Plan,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    seen_in_time: bool,
+) -> None:
+    async def serve() -> None:
+        engine = build_engine(model_dir, plan)
+        await engine.start()
+        await ask(engine, "whole", [5], [])
+        await engine.stop()
+        if not seen_in_time:
+            monkeypatch.setattr(batching_edge.BatchingEdge, "alive", True)
+        with pytest.raises(EngineStopped, match="has stopped"):
+            await ask(engine, "late", [77, 88, 99], [])
+
+    adopt("ContinuousBatchingLogger")
+    run(serve())
+    assert not any(token in record.getMessage() for record in caplog.records for token in ("77", "88", "99"))
+
+
+def test_the_librarys_log_cannot_name_a_generated_token(
+    model_dir: Path, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_engine(model_dir, plan)
+    adopt("ContinuousBatchingLogger")
+    state = requests.RequestState("r", [5], max_new_tokens=1)
+    state._new_tokens_limit, state._status = 0, requests.RequestStatus.DECODING
+    assert state.update_and_check_completion(77, None)
+    assert not any("77" in record.getMessage() for record in caplog.records)
 
 
 def test_a_worker_that_cannot_finish_any_step_is_reported_dead(model_dir: Path, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,47 @@ def test_no_token_follows_a_withdrawal(model_dir: Path, plan: Plan, alpha: Resid
 
     end, more, still = serve(model_dir, plan, use, [alpha], guard=guard)
     assert end == gone and more == 0 and still == 0
+
+
+def test_a_request_that_ends_before_it_is_submitted_leaves_no_pass_behind(
+    model_dir: Path, plan: Plan, alpha: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = OpenGuard()
+    gone = Failed("permission_revoked", "gone")
+
+    async def use(engine: TransformersEngine) -> Any:
+        other = asyncio.create_task(ask(engine, "other", prompts(1)[0], [alpha.key], max_tokens=3000))
+        while not engine.info().steps:
+            await asyncio.sleep(0.001)
+        submit, begin, steps = engine._edge.submit, engine.begin, []
+
+        def spy(batch: Any) -> Any:
+            steps.extend(1 for one in batch.slices if one.request_id == "mine")
+            return begin(batch)
+
+        engine.begin = spy  # type: ignore[method-assign]
+
+        def late(request_id: str, *args: Any) -> None:
+            assert engine.info().running == 2
+            guard.lost = {"mine": gone}
+            while engine.info().running == 2:
+                time.sleep(0.001)
+            ended = engine.info().steps
+            while engine.info().steps < ended + 2:  # until what was said to the worker about the request is forgotten
+                time.sleep(0.001)
+            submit(request_id, *args)
+
+        monkeypatch.setattr(engine._edge, "submit", late)
+        mine = await ask(engine, "mine", prompts(1)[0], [alpha.key], max_tokens=3000)
+        monkeypatch.undo()
+        await ask(engine, "tick", [5], [])
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+        return mine, len(steps)
+
+    mine, steps = serve(model_dir, plan, use, [alpha], guard=guard)
+    assert (mine.tokens, mine.end) == ([], gone)
+    assert steps <= 1  # one may have begun meanwhile
 
 
 def test_a_guard_that_fails_ends_only_requests_that_use_a_silo(model_dir: Path, plan: Plan, alpha: Resident) -> None:

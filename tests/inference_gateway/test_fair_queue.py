@@ -61,6 +61,26 @@ def test_a_user_with_100_requests_does_not_starve_one_with_1(places: int) -> Non
     assert run(session).index("one") == 1
 
 
+def test_a_user_at_the_cap_leaves_a_place_to_whoever_comes() -> None:
+    async def session() -> None:
+        queue = FairQueue(4, 16, per_user=3)
+        users = [asyncio.create_task(queue.enter("many", 10, FOREVER)) for _ in range(6)]
+        await asyncio.sleep(0)
+        assert (queue.running, queue.waiting) == (3, 3)
+        await queue.enter("one", 10_000, 0.01)
+        assert (queue.running, queue.waiting) == (4, 3)
+        queue.leave("one")
+        await asyncio.sleep(0)
+        assert (queue.running, queue.waiting) == (3, 3)
+        for _ in range(6):
+            queue.leave("many")
+            await asyncio.sleep(0)
+        await asyncio.gather(*users)
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    run(session)
+
+
 def test_users_with_equal_requests_take_turns() -> None:
     async def session() -> list[str]:
         queue = FairQueue(1, 100)
@@ -170,7 +190,7 @@ def test_no_place_is_lost_or_given_twice_whatever_is_cancelled_when(plan: list[t
     dice = random.Random(seed)
 
     async def session() -> None:
-        queue, held = FairQueue(3, 8), 0
+        queue, held = FairQueue(3, 8, per_user=2), 0
 
         async def request(user: str) -> None:
             nonlocal held

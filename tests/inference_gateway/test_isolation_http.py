@@ -227,9 +227,9 @@ def test_every_route_hands_the_engine_the_callers_silos_and_watches_over_them(
     watched: dict[str, frozenset[str]] = {}
     watching = house.service.permissions.watching
 
-    def noted(request_id: str, decision: Any, silos: frozenset[str]) -> Any:
+    def noted(request_id: str, caller: Any, decision: Any, silos: frozenset[str]) -> Any:
         watched[request_id] = silos
-        return watching(request_id, decision, silos)
+        return watching(request_id, caller, decision, silos)
 
     monkeypatch.setattr(house.service.permissions, "watching", noted)
     reached = set()

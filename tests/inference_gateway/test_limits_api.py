@@ -148,7 +148,7 @@ def test_every_choice_counts_as_a_request_at_once(own: Running, limited: Callabl
 def test_more_answers_than_the_gateway_can_ever_hold_are_refused_by_name(
     own: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = own.service.settings.model_copy(update={"max_concurrent": 2, "max_waiting": 1})
+    small = own.service.settings.model_copy(update={"max_concurrent": 3, "max_waiting": 1})
     monkeypatch.setattr(own.service, "settings", small)
     body = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 1}
     with own.http("carol") as client:

@@ -191,6 +191,7 @@ def test_init_makes_private_keys_and_a_public_file_once(seqr: Command, tmp_path:
         ("colour = 3", "colour"),
         ("port = [", "not valid TOML"),
         ("max_concurrent = 0", "max_concurrent"),
+        ("max_concurrent_per_user = 0", "max_concurrent_per_user"),
         ("[limits.user]\nrequests_per_minute = 0", "limits.user.requests_per_minute: Input should be greater"),
         ("[limits.key]\nspeed = 3", "limits.key.speed"),
         ("request_timeout_seconds = 0", "request_timeout_seconds"),

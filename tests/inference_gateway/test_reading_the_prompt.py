@@ -1,7 +1,7 @@
 """Before an answer that more than one silo may shape, the base model reads the prompt: a pass of its own."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 
 from inference_gateway.engine.base import Failed, Finished, GenerationRequest
 from inference_gateway.engine.sequences import READING
+from inference_gateway.engine.stepper import Output
 from inference_gateway.engine.transformers_engine import TransformersEngine
 from seqr.plan import Plan
 from seqr.step import StepContext
@@ -113,6 +114,37 @@ def test_an_asker_who_leaves_while_the_prompt_is_read_leaves_nothing_behind(
     assert running == 0
     assert isinstance(after.end, Finished)
     assert len(released) <= 1
+
+
+def test_an_asker_who_leaves_as_the_reading_is_handed_over_ends_nobody_elses_answer(
+    model_dir: Path, plan: Plan, residents: list[Resident]
+) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        class Leaving:
+            def __init__(self, output: Output):
+                self.request_id, self.generated, self.error = output.request_id, output.generated, output.error
+
+            @property
+            def finished(self) -> bool:
+                asyncio.run(engine.abort("mine"))
+                return True
+
+        deliver = engine.deliver
+
+        def last_moment(outputs: Sequence[Output]) -> None:
+            deliver([Leaving(one) if one.request_id == "mine" + READING else one for one in outputs])  # type: ignore[misc]
+
+        engine.deliver = last_moment  # type: ignore[method-assign]
+        other = asyncio.create_task(ask(engine, "other", PROMPT, [residents[0].key], max_tokens=60))
+        mine = asyncio.create_task(ask(engine, "mine", PROMPT, [one.key for one in residents]))
+        ended = (await other).end
+        mine.cancel()
+        await asyncio.gather(mine, return_exceptions=True)
+        return ended, engine.info()
+
+    ended, info = in_small_steps(model_dir, plan, residents, use)
+    assert isinstance(ended, Finished)
+    assert (info.running, info.alive) == (0, True)
 
 
 def test_a_silo_revoked_while_the_prompt_is_read_ends_the_request(

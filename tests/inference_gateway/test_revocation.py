@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from seqr.plan import Plan
 from tests.inference_gateway.support import OpenGuard, Resident, prompts, resident, serve
 
 HOW: dict[str, Any] = {"actor": "test", "reason": "a test"}
+PEPPER = b"\1" * 32
 MODES = ("prompt_evidence", "evidence", "per_token")
 
 
@@ -84,7 +84,7 @@ def test_a_slow_reader_gets_none_of_what_was_made_before_the_permission_was_with
     assert serve(model_dir, plan, use, [alpha], guard=guard) == [Failed("permission_revoked", "gone")]
 
 
-@pytest.mark.parametrize("act", ["revoke the grant", "quarantine the silo"])
+@pytest.mark.parametrize("act", ["revoke the grant", "quarantine the silo", "revoke the key"])
 def test_after_a_change_of_policy_at_most_the_token_that_was_being_handed_over_arrives(
     model_dir: Path, plan: Plan, alpha: Resident, tmp_path: Path, act: str
 ) -> None:
@@ -92,23 +92,28 @@ def test_after_a_change_of_policy_at_most_the_token_that_was_being_handed_over_a
     url = f"sqlite:///{tmp_path / 'policy.db'}"
     upgrade(url)
     database = create_engine_for(url)
-    store, permissions = PolicyStore(database), Permissions(PolicyReader(database), lambda: datetime.now(UTC))
+    store, permissions = PolicyStore(database, PEPPER), Permissions(PolicyReader(database, PEPPER))
     store.create_user("alice", **HOW)
+    key_id, secret = store.create_key("alice", ["chat"], **HOW)
+    caller = permissions.authenticate(secret)
     store.add_silo("alpha", **HOW)
     grant = store.add_grant("user:alice", "alpha", **HOW)
 
     async def use(engine: TransformersEngine) -> Any:
-        with permissions.watching("mine", permissions.decide("alice"), frozenset(["alpha"])):
+        with permissions.watching("mine", caller, permissions.decide("alice"), frozenset(["alpha"])):
             events = stream(engine, alpha)
             await anext(events)
             if act == "revoke the grant":
                 store.revoke_grant(grant, **HOW)
-            else:
+            elif act == "quarantine the silo":
                 store.set_silo_status("alpha", "quarantined", **HOW)
+            else:
+                store.revoke_key(key_id, **HOW)
             made = engine.info().generated_tokens
             rest = [event async for event in events]
             return rest, engine.info().generated_tokens - made
 
     rest, late = serve(model_dir, plan, use, [alpha], guard=permissions)
-    assert isinstance(rest[-1], Failed) and rest[-1].code == "permission_revoked"
+    code = "access_ended" if act == "revoke the key" else "permission_revoked"
+    assert isinstance(rest[-1], Failed) and rest[-1].code == code
     assert late <= 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference_gateway.engine import sampling as engine_sampling
 from inference_gateway.engine.base import Sampling
@@ -93,6 +94,28 @@ def test_draws_are_the_references_inverse_distribution_function(logits: list[flo
         if mass > uniform:
             break
     assert sampler.next(torch.tensor(logits, dtype=torch.float64)) == expected
+
+
+def test_a_thousand_biases_take_as_many_operations_as_one() -> None:
+    class Counting(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(biases: int) -> int:
+        sampler = Sampler(Sampling(logit_bias=tuple((token, 1.0) for token in range(biases))))
+        with Counting() as counting:
+            sampler.next(torch.arange(2048.0))
+        return counting.operations
+
+    assert operations(1024) == operations(1)
+
+
+def test_biases_of_the_same_token_add_up() -> None:
+    sampler = Sampler(Sampling(logit_bias=((2, 1.5), (2, 1.0), (0, 0.25))))
+    assert sampler.next(LOGITS) == 2  # 0.0 + 2.5 against 2.0 + 0.25
 
 
 @settings(max_examples=60, deadline=None)

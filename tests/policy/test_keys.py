@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from policy import audit, errors, keys, listing
 from policy.limits import Limits
@@ -51,6 +51,19 @@ def test_wrong_keys_are_unknown_and_never_echoed(small, login, how):
         if presented:
             assert str(presented) not in str(refused.value) or len(str(presented)) == 1
     assert login(secret).user_id == "alice"
+
+
+def test_what_has_not_a_keys_form_is_refused_without_the_database(engine, pepper, clock):
+    asked = []
+    event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    with PolicyReader(engine, pepper) as reader:
+        for presented in ("", "x", "seqr_short", "é" * 57, None):
+            with pytest.raises(errors.KeyUnknown):
+                reader.authenticate(presented, clock())
+        assert asked == []
+        with pytest.raises(errors.KeyUnknown):
+            reader.authenticate("seqr_" + "a" * 8 + "_" + "b" * 43, clock())
+        assert len(asked) == 1
 
 
 def test_an_expired_key_is_named_so(small, login, how, clock):

@@ -19,6 +19,7 @@ const BY_LOGIN = {
 };
 const BY_CODE = {
   permission_revoked: "A permission was withdrawn while the answer was written",
+  access_ended: "Your key or your log-in ended while the answer was written",
   adapter_replaced: "A silo's adapter was replaced while the answer was written",
   policy_unavailable: "The policy cannot be read at the moment",
 };
