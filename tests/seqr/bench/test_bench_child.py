@@ -124,7 +124,7 @@ def test_a_closed_child_is_gone_even_while_it_is_busy() -> None:
 
 
 PARENT = """
-import asyncio
+import asyncio, signal
 from contextlib import closing
 from seqr.bench.gateway.child import Child
 from tests.seqr.bench.test_bench_child import counter
@@ -133,6 +133,7 @@ async def go():
         await child.ready()
         print(child.pid, flush=True)
         await child.ask("be_busy")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been started by somebody who ignores Ctrl-C
 asyncio.run(go())
 """
 
