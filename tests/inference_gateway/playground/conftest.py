@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from tests.inference_gateway.playground.browsing import CHROMIUM, Visit, Visiting, chromium
 from tests.inference_gateway.playground.fake_gateway import KEY, FakeGateway, Served
@@ -53,4 +53,7 @@ def visiting(browser: Browser, served: tuple[FakeGateway, str]) -> Iterator[Visi
 @pytest.fixture
 def user(fake: FakeGateway, visiting: Visiting) -> Visit:
     """A user of the gateway without a model, logged in."""
-    return visiting().log_in(KEY)
+    visit = visiting().log_in(KEY)
+    # The key is kept once it has been found good: a page that is loaded again before asks for it anew.
+    expect(visit.page.get_by_label("Message")).to_be_visible()
+    return visit
