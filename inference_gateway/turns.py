@@ -1,13 +1,13 @@
 """Threads for what takes long with a long prompt: reading a large body, tokenizing, making a grammar."""
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 from weakref import WeakValueDictionary
 
 import anyio
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 THREADS = 2
 
@@ -22,7 +22,7 @@ class Turns:
         self._threads = anyio.CapacityLimiter(threads)
         self._of_users: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
-    async def run(self, user_id: str, work: Callable[P, T], *args: P.args, **_: P.kwargs) -> T:
+    async def run(self, user_id: str, work: Callable[[*Args], T], *args: *Args) -> T:
         """What ``work`` returns or raises, in a thread, when it is this user's turn."""
         mine = self._of_users.setdefault(user_id, anyio.Lock())
         async with mine:

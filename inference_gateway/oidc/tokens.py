@@ -56,11 +56,6 @@ def header_of(token: str, algorithms: Sequence[str]) -> Header:
     return Header(str(algorithm), header.get("kid"))
 
 
-def is_access_token(token: str) -> bool:
-    """Whether a token is by its header one of RFC 9068, which calls its client client_id (section 2.2)."""
-    return str(jwt.get_unverified_header(token).get("typ")).lower() in ACCESS_TYPES
-
-
 def find_key(keys: Sequence[Mapping[str, Any]], header: Header) -> jwt.PyJWK | None:
     """The key that the header names; for a header that names none, the only one of its algorithm. None: no such key."""
     found = [
@@ -87,7 +82,7 @@ def verify(
     Raises TokenInvalid.
     """
     try:
-        claims: dict[str, Any] = jwt.decode(
+        decoded = jwt.decode_complete(
             token,
             key,
             algorithms=settings.algorithms,
@@ -100,10 +95,13 @@ def verify(
         raise TokenInvalid(f"its claim {error.claim} is missing") from None
     except jwt.PyJWTError as error:
         raise TokenInvalid(next((why for kind, why in REASONS if isinstance(error, kind)), "it is malformed")) from None
+    claims: dict[str, Any] = decoded["payload"]
     several = isinstance(claims["aud"], list) and len(claims["aud"]) > 1
     if claims.get("azp", None if several else settings.client_id) != settings.client_id:
         raise TokenInvalid("it was issued to another client (azp)")
-    if is_access_token(token) and claims.get("client_id", claims.get("azp")) != settings.client_id:
+    # RFC 9068, section 2.2: an access token calls its client client_id.
+    access = str(decoded["header"].get("typ")).lower() in ACCESS_TYPES
+    if access and claims.get("client_id", claims.get("azp")) != settings.client_id:
         raise TokenInvalid("it was issued to another client (client_id)")
     if "cnf" in claims:
         raise TokenInvalid("it is bound to a key of its owner's (cnf), which this gateway cannot ask for")

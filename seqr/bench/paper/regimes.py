@@ -34,7 +34,7 @@ def regime(measuring: Measuring, seed: int, name: str) -> dict[str, Any]:
         else:
             router = measuring.router(name.removesuffix("-ood"), seed)
         predicted = run(bench.model, router, examples, own, bench.pad_token, permitted).predicted
-        out["tasks"][task] = [int(p == e.gold) for p, e in zip(predicted, examples, strict=True)]
+        out["tasks"][task] = {"right": [int(p == e.gold) for p, e in zip(predicted, examples, strict=True)]}
     return out
 
 

@@ -274,7 +274,8 @@ def _regimes(s: Summary) -> list[str]:
     rows = []
     for name, label in labels.items():
         if oracle and (result := s.extra(f"regime-{name}")):
-            rows.append([label, *_percents(s, result["tasks"], oracle)])
+            right = {t: result["tasks"][t]["right"] for t in s.tasks}
+            rows.append([label, *_percents(s, right, oracle)])
     if oracle and (forbidden := s.extra("forbidden")):
         right = {t: forbidden["tasks"][t]["forbidden"]["always"]["right"] for t in s.tasks}
         rows.append(["evidence of the prompt, adapter gone", *_percents(s, right, oracle)])

@@ -108,7 +108,7 @@ class Summary:
             "test_rows": self.settings.test_rows, "max_tokens": self.settings.max_tokens,
             "recipe": self.settings.recipe.described(), "table3": [vars(row) for row in self.main_table()],
             "table4": self.oracle_scores(), "flops": paper_table(),
-            "extras": {name: _means(value) for name in PARTS if (value := self.extra(name)) is not None},
+            "extras": {name: _accuracies(value) for name in PARTS if (value := self.extra(name)) is not None},
         }  # fmt: skip
 
     def _row(self, router: str) -> Row | None:
@@ -160,10 +160,8 @@ class Summary:
         return value
 
 
-def _means(value: Any) -> Any:
-    """``value`` with the mean in the place of every list of 0 and 1, one per row."""
-    if isinstance(value, dict):
-        return {name: _means(part) for name, part in value.items()}
-    if isinstance(value, list) and value and all(one in (0, 1) for one in value):
-        return float(np.mean(value))
-    return value
+def _accuracies(value: Any) -> Any:
+    """``value`` with the mean in the place of every "right", a list with one 0 or 1 per row."""
+    if not isinstance(value, dict):
+        return value
+    return {name: float(np.mean(part)) if name == "right" else _accuracies(part) for name, part in value.items()}

@@ -40,6 +40,10 @@ def test_a_run_writes_every_table_and_figure_and_goes_on_where_it_was(
     figures = sorted(file.name for file in out.glob("*.svg"))
     assert [name[:8] for name in figures] == [f"figure-{number}" for number in (2, 3, 4, 5, 6)]
     results = json.loads((out / "results.json").read_text("utf-8"))
+    library = results["extras"]["distractors"]
+    assert isinstance(library["sizes"], list)
+    for name, one in (("distractors", library), ("regime-seqr-ood", results["extras"]["regime-seqr-ood"])):
+        assert "[" not in json.dumps(one["tasks"]), name  # accuracies, not every row's answer
     maximising = results["extras"]["maximising"]
     assert maximising["share"]["seqr"] == maximising["share"]["spectr"] == maximising["share"]["lag 2"] == 1.0
     assert {row["router"] for row in results["table3"]} >= {"seqr", "lag", "arrow", "mu", "lorauter", "oracle", "base"}
