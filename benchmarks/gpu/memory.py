@@ -1,6 +1,6 @@
 """How large a library fits: counted for an 8B model, and the largest one that was built and routed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.timing import interleaved
 from seqr.kernels.candidates import Candidates
 from seqr.kernels.expand import expand_tokens
 from seqr.kernels.route import route_tokens
-from seqr.kernels.tables import SiteTables
+from seqr.kernels.tables import SiteTables, padded_features
 from seqr.routing.features import feature_count
 
 GIB = float(1 << 30)
@@ -30,7 +30,9 @@ class PerAdapter:
     @classmethod
     def of(cls, shapes: Shapes, layers: int = LAYERS_8B) -> "PerAdapter":
         outputs = sum(shapes.qkv) + shapes.hidden
-        return cls(layers * 4 * 4 * (feature_count(shapes.rank) + 1), layers * 2 * shapes.rank * outputs)
+        return cls(
+            layers * 4 * (6 * padded_features(feature_count(shapes.rank)) + 4), layers * 2 * shapes.rank * outputs
+        )
 
 
 def counted(shapes: Shapes, card_gib: float) -> tuple[int, int]:
@@ -76,10 +78,7 @@ def pinned(shapes: Shapes, adapters: int, tokens: int, device: torch.device) -> 
     table = _site(shapes.qkv, adapters, shapes.rank, device)
     if device.type != "cuda":
         return "not on a CPU"
-    host = SiteTables(
-        table.rank, table.outputs, table.gram, table.offset, table.b_t.cpu().pin_memory(), table.blocks,
-        table.span,
-    )  # fmt: skip
+    host = replace(table, b_t=table.b_t.cpu().pin_memory())
     z = torch.randn(1, tokens, table.modules * table.rank, device=device)
     choice = Candidates.settled(torch.randint(0, adapters, (tokens,), dtype=torch.int32, device=device), table.modules)
     here, there = (torch.zeros(tokens, sum(shapes.qkv), dtype=torch.bfloat16, device=device) for _ in range(2))

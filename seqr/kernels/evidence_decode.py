@@ -1,15 +1,21 @@
-"""Accumulated evidence for one token per sequence: score, sums, value and argmax in one kernel for all of a site."""
+"""Accumulated evidence for one token per sequence, in two kernels: units (``evidence_units``), then sums and choice.
+
+The first has all modules of a site side by side; one kernel for both would take them one after another.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 from seqr.kernels.candidates import Candidates
+from seqr.kernels.evidence_units import evidence_units, unit_and_usable
 from seqr.kernels.numbers import ADAPTER_BLOCK, Pointer
 from seqr.kernels.permission_bits import permitted_tile
-from seqr.kernels.route import summed, token_tile
-from seqr.kernels.score_tile import best_in_tile, score_tile, sum_parts, units_tile, usable_tile
+from seqr.kernels.score_tile import best_in_tile
 from seqr.kernels.tables import SiteTables
+
+# Tokens per program: few, as there is little to do for each and nobody should wait.
+_TILE = 4
 
 
 def route_evidence(
@@ -32,44 +38,28 @@ def route_evidence(
     updated in place; value fp64 [T, N]: carried from site to site, begun at 0 when ``first``. All of it whole numbers
     below 2^53, so exact: the bits are those of ``seqr.routing.evidence``, given the scores.
     """
-    tokens, tile, blocks = z.shape[1], token_tile(z.shape[1]), tables.adapters // ADAPTER_BLOCK.value
-    z_sum = summed(z, blocks)
+    tokens, width = z.shape[1], tables.adapters
+    units, _, z_sum = evidence_units(z, tables, counts)
+    blocks = width // ADAPTER_BLOCK.value
     found = Candidates.empty(tables.modules, tokens, blocks, torch.float64, z.device)
-    _evidence_kernel[(triton.cdiv(tokens, tile), blocks)](
-        z, z_sum, tables.gram, tables.offset, bits, row, slot, counts, sums, value, found.value, found.column, tokens,
-        blocks, bits.shape[0], sums.stride(0), z.stride(0), z.stride(1), PARTS=z.shape[0], MODULES=tables.modules,
-        RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank), TILE=tile, FIRST=first,
-        num_warps=8 if tables.rank <= 16 else 4,
+    _add_kernel[(triton.cdiv(tokens, _TILE), blocks)](
+        units, bits, row, slot, counts, sums, value, found.value, found.column, tokens, blocks, bits.shape[0],
+        sums.stride(0), MODULES=tables.modules, TILE=_TILE, FIRST=first, num_warps=4,
     )  # fmt: skip
-    return found, z_sum[:1]
+    return found, z_sum
 
 
 @triton.jit
-def _evidence_kernel(
-    z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", bits: "Pointer", row: "Pointer",
-    slot: "Pointer", counts: "Pointer", sums: "Pointer", value: "Pointer", best_value: "Pointer",
-    best_column: "Pointer", tokens: int, blocks: int, rows: int, sums_stride: int, part_stride: int, token_stride: int,
-    PARTS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
-    FIRST: tl.constexpr,
+def _add_kernel(
+    units: "Pointer", bits: "Pointer", row: "Pointer", slot: "Pointer", counts: "Pointer", sums: "Pointer",
+    value: "Pointer", best_value: "Pointer", best_column: "Pointer", tokens: int, blocks: int, rows: int,
+    sums_stride: int, MODULES: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of tokens and one block of adapters, through all modules: value stays in registers between them."""
+    """A few tokens and one block of adapters, through all modules: value stays in registers between them."""
     block = tl.program_id(1)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = token < tokens
     width = blocks * ADAPTER_BLOCK
-    COLUMNS: tl.constexpr = MODULES * RANK
-    FEATURES: tl.constexpr = RANK * (RANK + 1) // 2
-    if PARTS > 1:
-        z = z_sum + block.to(tl.int64) * tokens * COLUMNS
-        z_stride = COLUMNS
-        for module in tl.static_range(MODULES):
-            sum_parts(
-                z_parts, z, token, live, module * RANK, part_stride, token_stride, PARTS, RANK, RANK_PADDED, COLUMNS
-            )  # fmt: skip
-        tl.debug_barrier()
-    else:
-        z = z_parts
-        z_stride = token_stride
     column = block * ADAPTER_BLOCK + tl.arange(0, ADAPTER_BLOCK)
     own_row = tl.load(row + token, mask=live, other=0)
     adds = live & (tl.load(counts + token, mask=live, other=0) != 0)
@@ -81,18 +71,13 @@ def _evidence_kernel(
     else:
         total = tl.load(own_value, mask=live[:, None], other=0.0)
     for module in tl.static_range(MODULES):
-        # Asked for before the score, which takes as long as the load.
-        gathered = tl.load(own_sums + module * sums_stride, mask=live[:, None], other=0.0)
-        score = score_tile(
-            z + module * RANK, z_stride, gram + module * blocks * FEATURES * ADAPTER_BLOCK, offset + module * width,
-            token, live, block, RANK,
-        )  # fmt: skip
-        usable = usable_tile(score)
-        gathered += tl.where(adds[:, None], units_tile(score, usable), 0.0).to(tl.float64)
+        at = units + (module * tokens + token).to(tl.int64)[:, None] * width + column[None, :]
+        unit, usable = unit_and_usable(tl.load(at, mask=live[:, None], other=0))
+        gathered = tl.load(own_sums + module * sums_stride, mask=live[:, None], other=0.0) + unit.to(tl.float64)
         tl.store(own_sums + module * sums_stride, gathered, mask=adds[:, None])
         total += gathered
         top, lowest = best_in_tile(total, permitted & usable)
-        at = (module * tokens + token).to(tl.int64) * blocks + block
-        tl.store(best_value + at, top, mask=live)
-        tl.store(best_column + at, tl.where(top > float("-inf"), block * ADAPTER_BLOCK + lowest, -1), mask=live)
+        to = (module * tokens + token).to(tl.int64) * blocks + block
+        tl.store(best_value + to, top, mask=live)
+        tl.store(best_column + to, tl.where(top > float("-inf"), block * ADAPTER_BLOCK + lowest, -1), mask=live)
     tl.store(own_value, total, mask=live[:, None])

@@ -1,6 +1,6 @@
 """Accumulated evidence for many tokens per sequence: a prefix sum over tokens, in chunks, in three kernels.
 
-1. ``_units``: every chunk's scores, as whole units [T, N], and their sum per chunk.
+1. ``evidence_units``: every chunk's scores, as whole units [T, N], and their sum per chunk.
 2. ``_carry``: per sequence, what its chunks before each one add up to, from the sum it came with.
 3. ``_choose``: per chunk, the prefix sums from 1 and 2, the value carried from the sites before, and its argmax.
 
@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 
 from seqr.kernels.candidates import Candidates
+from seqr.kernels.evidence_units import evidence_units, unit_and_usable
 from seqr.kernels.numbers import ADAPTER_BLOCK, Pointer
 from seqr.kernels.permission_bits import permitted_tile
-from seqr.kernels.score_tile import best_in_tile, score_tile, units_tile, usable_tile
+from seqr.kernels.score_tile import best_in_tile
 from seqr.kernels.tables import SiteTables
 
 CHUNK = 64
-# A unit of a score that is not usable is stored this much lower: units are below 2^23, so both can be told apart.
-_UNUSABLE = tl.constexpr(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,10 @@ def route_evidence_runs(
         raise ValueError(f"z must have its parts added, got {z.shape[0]} of them")
     tokens, blocks, modules = z.shape[1], tables.adapters // ADAPTER_BLOCK.value, tables.modules
     count, width, device = chunks.chunk.shape[1], tables.adapters, z.device
-    units = torch.empty(modules, tokens, width, dtype=torch.int32, device=device)
-    totals = torch.empty(modules, count, width, dtype=torch.int32, device=device)
+    units, totals, _ = evidence_units(z, tables, counts, chunks.chunk, size)
     before = torch.empty(modules, count, width, dtype=torch.float64, device=device)
     found = Candidates.empty(modules, tokens, blocks, torch.float64, device)
     warps = 8 if size >= 64 else 4
-    _units_kernel[(count, blocks, modules)](
-        z, tables.gram, tables.offset, chunks.chunk, counts, units, totals, tokens, count, blocks, z.stride(1),
-        RANK=tables.rank, TILE=min(size, 32), TILES=triton.cdiv(size, 32), num_warps=4,
-    )  # fmt: skip
     _carry_kernel[(chunks.run.shape[1], blocks, modules)](
         totals, chunks.run, sums, before, chunks.run.shape[1], count, blocks, sums.stride(0), STEP=16, num_warps=4
     )
@@ -91,39 +85,6 @@ def route_evidence_runs(
         bits.shape[0], MODULES=modules, TILE=size, FIRST=first, num_warps=warps,
     )  # fmt: skip
     return found
-
-
-@triton.jit
-def _units_kernel(
-    z: "Pointer", gram: "Pointer", offset: "Pointer", chunk: "Pointer", counts: "Pointer", units: "Pointer",
-    totals: "Pointer", tokens: int, chunks: int, blocks: int, token_stride: int, RANK: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr,
-) -> None:  # fmt: skip
-    """units[m, t, n] and totals[m, c, n] = the sum over c's tokens, for one chunk, block and module."""
-    c = tl.program_id(0)
-    block = tl.program_id(1)
-    module = tl.program_id(2)
-    FEATURES: tl.constexpr = RANK * (RANK + 1) // 2
-    first = tl.load(chunk + c)
-    length = tl.load(chunk + chunks + c)
-    width = blocks * ADAPTER_BLOCK
-    column = block * ADAPTER_BLOCK + tl.arange(0, ADAPTER_BLOCK)
-    total = tl.zeros([ADAPTER_BLOCK], tl.int32)
-    for tile in range(TILES):
-        step = tile * TILE + tl.arange(0, TILE)
-        token = first + step
-        live = step < length
-        score = score_tile(
-            z + module * RANK, token_stride, gram + module * blocks * FEATURES * ADAPTER_BLOCK, offset + module * width,
-            token, live, block, RANK,
-        )  # fmt: skip
-        usable = usable_tile(score)
-        adds = live & (tl.load(counts + token, mask=live, other=0) != 0)
-        unit = tl.where(adds[:, None], units_tile(score, usable), 0.0).to(tl.int32)
-        at = units + (module * tokens + token).to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(at, tl.where(usable, unit, unit - _UNUSABLE), mask=live[:, None])
-        total += tl.sum(unit, 0)
-    tl.store(totals + (module * chunks + c).to(tl.int64) * width + column, total)
 
 
 @triton.jit
@@ -172,9 +133,7 @@ def _choose_kernel(
         total = tl.load(own_value, mask=live[:, None], other=0.0)
     for module in tl.static_range(MODULES):
         at = (module * tokens + token).to(tl.int64)[:, None] * width + column[None, :]
-        unit = tl.load(units + at, mask=live[:, None], other=0)
-        usable = unit > -(_UNUSABLE // 2)
-        unit = tl.where(usable, unit, unit + _UNUSABLE)
+        unit, usable = unit_and_usable(tl.load(units + at, mask=live[:, None], other=0))
         carried = tl.load(before + (module * chunks + c).to(tl.int64) * width + column)
         total += carried[None, :] + tl.cumsum(unit, 0).to(tl.float64)
         top, lowest = best_in_tile(total, permitted & usable)

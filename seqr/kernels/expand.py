@@ -9,8 +9,9 @@ from seqr.kernels.group import DeviceGroups
 from seqr.kernels.numbers import Pointer, exact_dot, rounded
 from seqr.kernels.tables import SiteTables
 
-# Eight programs for each of an H200's 132 multiprocessors, per module: those with less to do leave room to the others.
-_PROGRAMS = 1056
+# Columns that a step of ``expand_groups`` takes, and how many steps are under way at once.
+GROUP_COLUMNS = 128
+GROUP_STAGES = 3
 
 
 def expand_tokens(
@@ -35,7 +36,7 @@ def expand_tokens(
         z.stride(0), z.stride(1), choice.stride, OUTPUTS=tables.b_t.shape[2], PARTS=z.shape[0], RANK=tables.rank,
         RANK_PADDED=triton.next_power_of_2(tables.rank), SPLITS=choice.splits,
         SPLITS_PADDED=triton.next_power_of_2(choice.splits), BLOCK=SiteTables.BLOCK, IN_PLACE=source is None,
-        RECORD=record is not None, num_warps=4,
+        RECORD=record is not None, ALIGN=tables.align, num_warps=4,
     )  # fmt: skip
 
 
@@ -46,12 +47,14 @@ def _expand_tokens_kernel(
     source_stride: int, part_stride: int, token_stride: int, module_stride: int, OUTPUTS: tl.constexpr,
     PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr, RECORD: tl.constexpr,
+    ALIGN: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     module = tl.load(blocks + block)
-    column = tl.load(blocks + count + block) + tl.arange(0, BLOCK)
-    inside = column < tl.load(blocks + 2 * count + block)
+    # That they are multiples is what lets a thread read 16 bytes at once.
+    column = tl.multiple_of(tl.load(blocks + count + block), ALIGN) + tl.arange(0, BLOCK)
+    inside = column < tl.multiple_of(tl.load(blocks + 2 * count + block), ALIGN)
     k = tl.arange(0, RANK_PADDED)
     own = k < RANK
     # What does not depend on the choice is asked for first.
@@ -80,48 +83,46 @@ def expand_groups(y: torch.Tensor, z: torch.Tensor, tables: SiteTables, groups: 
     As ``expand_tokens``, z fp32 [1, T, M r], as one product per block of a group: z in three bf16 terms by bf16 b_t
     (the products are exact), or IEEE fp32 by fp32 b_t. Which blocks there are is read on the device.
     """
-    blocks_each = SiteTables.BLOCK // 128
-    most = groups.adapter.shape[1] * tables.blocks.shape[1] * blocks_each
-    _expand_groups_kernel[(min(most, _PROGRAMS), tables.modules)](
-        y, z, tables.b_t, tables.blocks, tables.span, groups.token, groups.adapter, groups.used, y.shape[0],
-        tables.blocks.shape[1], groups.adapter.shape[1], y.stride(0), z.stride(1), OUTPUTS=tables.b_t.shape[2],
-        RANK=tables.rank, RANK_PADDED=max(16, triton.next_power_of_2(tables.rank)), TILE=groups.tile,
-        BLOCK=128, BLOCKS_EACH=blocks_each, num_warps=8, num_stages=2 if tables.b_t.dtype == torch.bfloat16 else 1,
+    _expand_groups_kernel[(groups.adapter.shape[1], tables.spans.shape[1])](
+        y, z, tables.b_t, tables.spans, groups.token, groups.adapter, groups.used, y.shape[0], tables.spans.shape[1],
+        groups.adapter.shape[1], y.stride(0), z.stride(1), OUTPUTS=tables.b_t.shape[2], RANK=tables.rank,
+        RANK_PADDED=max(16, triton.next_power_of_2(tables.rank)), TILE=groups.tile, BLOCK=GROUP_COLUMNS,
+        STAGES=GROUP_STAGES, ALIGN=tables.align, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _expand_groups_kernel(
-    y: "Pointer", z: "Pointer", b_t: "Pointer", blocks: "Pointer", span: "Pointer", sorted: "Pointer",
-    block_adapter: "Pointer", used: "Pointer", tokens: int, count: int, group_blocks: int, y_stride: int,
-    token_stride: int, OUTPUTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS_EACH: tl.constexpr,
+    y: "Pointer", z: "Pointer", b_t: "Pointer", spans: "Pointer", sorted: "Pointer", block_adapter: "Pointer",
+    used: "Pointer", tokens: int, count: int, group_blocks: int, y_stride: int, token_stride: int,
+    OUTPUTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A fixed number of programs shares out (group block, output block) pairs, of which ``used`` says how many."""
-    module = tl.program_id(1)
+    """One block of a group by one span of outputs: its tokens, z and adapter are looked up once for all columns."""
+    span = tl.program_id(1)
+    module = tl.load(spans + span)
+    group = module * group_blocks + tl.program_id(0)
+    here = tl.program_id(0) < tl.load(used + module)
+    first = tl.multiple_of(tl.load(spans + count + span), ALIGN)
+    # A block that no token is in has no columns to go through.
+    end = tl.multiple_of(tl.where(here, tl.load(spans + 2 * count + span), first), ALIGN)
+    token = tl.load(sorted + group * TILE + tl.arange(0, TILE))
+    live = token < tokens
     k = tl.arange(0, RANK_PADDED)
     own = k < RANK
-    first = tl.load(span + module)
-    parts = tl.load(span + tl.num_programs(1) + module) * BLOCKS_EACH
-    for work in range(tl.program_id(0), tl.load(used + module) * parts, tl.num_programs(0)):
-        group = module * group_blocks + work // parts
-        block = first + work % parts // BLOCKS_EACH
-        column = tl.load(blocks + count + block) + work % parts % BLOCKS_EACH * BLOCK + tl.arange(0, BLOCK)
-        inside = column < tl.load(blocks + 2 * count + block)
-        token = tl.load(sorted + group * TILE + tl.arange(0, TILE))
-        live = token < tokens
-        row = token.to(tl.int64)
+    rows_z = z + token.to(tl.int64)[:, None] * token_stride + (module * RANK + k)[None, :]
+    own_z = tl.load(rows_z, mask=live[:, None] & own[None, :], other=0.0)
+    rows_y = y + token.to(tl.int64)[:, None] * y_stride
+    rows_b = b_t + (tl.load(block_adapter + group).to(tl.int64) * RANK + k)[:, None] * OUTPUTS
+    for start in tl.range(first, end, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < end
         mask = live[:, None] & inside[None, :]
-        at_y = y + row[:, None] * y_stride + column[None, :]
-        # Asked for first: most of what is read, and the last to be needed.
-        base = tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
-        at_z = z + row[:, None] * token_stride + (module * RANK + k)[None, :]
-        own_z = tl.load(at_z, mask=live[:, None] & own[None, :], other=0.0)
-        at_b = b_t + (tl.load(block_adapter + group).to(tl.int64) * RANK + k)[:, None] * OUTPUTS + column[None, :]
-        b = tl.load(at_b, mask=own[:, None] & inside[None, :], other=0.0)
+        base = tl.load(rows_y + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(rows_b + column[None, :], mask=own[:, None] & inside[None, :], other=0.0)
         sum = tl.zeros([TILE, BLOCK], tl.float32)
         if b_t.dtype.element_ty == tl.bfloat16:
             sum = exact_dot(own_z, b, sum)
         else:
             sum = tl.dot(own_z, b.to(tl.float32), sum, input_precision="ieee")
-        tl.store(at_y, rounded(base + sum, y.dtype.element_ty), mask=mask)
+        tl.store(rows_y + column[None, :], rounded(base + sum, y.dtype.element_ty), mask=mask)

@@ -10,6 +10,7 @@ from seqr.kernels.numbers import Pointer
 
 GROUP_TILE = 32
 _COUNT_TILE = 128
+_SPAN = 64
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,22 @@ def group(choice: torch.Tensor, adapters: int, tile: int = GROUP_TILE) -> Device
         torch.empty(modules, dtype=torch.int32, device=device),
     )
     counts = torch.empty(modules, chunks, adapters, dtype=torch.int32, device=device)
+    # Where each adapter's rows begin: within its 64 adapters, and how many rows those have together.
     start = torch.empty(modules, adapters, dtype=torch.int32, device=device)
+    spans = triton.cdiv(adapters, _SPAN)
+    rows = torch.empty(modules, spans, dtype=torch.int32, device=device)
     rank = torch.empty(modules, tokens, dtype=torch.int32, device=device)
     share = triton.next_power_of_2(triton.cdiv(blocks * tile, chunks))
     _count_kernel[(chunks, modules)](
         choice, counts, rank, out.token, out.adapter, tokens, adapters, blocks, choice.stride(0),
         TILE=_COUNT_TILE, BLOCK=tile, SHARE=share, STEP=min(1024, share), num_warps=8,
     )  # fmt: skip
-    padded = triton.next_power_of_2(chunks)
-    _start_kernel[(modules,)](
-        counts, start, out.used, chunks, adapters, CHUNKS=padded, STEP=max(16, 8192 // padded), BLOCK=tile, num_warps=8
+    _start_kernel[(spans, modules)](
+        counts, start, rows, chunks, adapters, STEP=min(64, triton.next_power_of_2(chunks)), BLOCK=tile, SPAN=_SPAN
     )
     _place_kernel[(chunks, modules)](
-        choice, counts, start, rank, out.token, out.adapter, tokens, adapters, chunks, blocks, choice.stride(0),
-        TILE=_COUNT_TILE, BLOCK=tile,
+        choice, counts, start, rows, rank, out.token, out.adapter, out.used, tokens, adapters, chunks, blocks, spans,
+        choice.stride(0), TILE=_COUNT_TILE, BLOCK=tile, SPAN=_SPAN, STEP=min(64, triton.next_power_of_2(spans)),
     )  # fmt: skip
     return out
 
@@ -95,30 +98,31 @@ def _count_kernel(
 
 @triton.jit
 def _start_kernel(
-    counts: "Pointer", start: "Pointer", used: "Pointer", chunks: int, adapters: int, CHUNKS: tl.constexpr,
-    STEP: tl.constexpr, BLOCK: tl.constexpr,
+    counts: "Pointer", start: "Pointer", rows: "Pointer", chunks: int, adapters: int, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """start[i] = the first row of i's run; counts[c, i] becomes how many of the chunks before c chose i."""
-    module = tl.program_id(0)
-    c = tl.arange(0, CHUNKS)
-    row = 0
-    for first in range(0, adapters, STEP):
-        i = first + tl.arange(0, STEP)
+    """Of SPAN adapters: counts[c, i] becomes how many of the chunks before c chose i; start[i] = the rows before it."""
+    span = tl.program_id(0)
+    module = tl.program_id(1)
+    i = span * SPAN + tl.arange(0, SPAN)
+    total = tl.zeros([SPAN], tl.int32)
+    for first in range(0, chunks, STEP):
+        c = first + tl.arange(0, STEP)
         at = counts + (module * chunks + c).to(tl.int64)[:, None] * adapters + i[None, :]
         mask = (c < chunks)[:, None] & (i < adapters)[None, :]
         count = tl.load(at, mask=mask, other=0)
-        tl.store(at, tl.cumsum(count, 0) - count, mask=mask)
-        rows = (tl.sum(count, 0) + BLOCK - 1) // BLOCK * BLOCK
-        tl.store(start + module * adapters + i, row + tl.cumsum(rows, 0) - rows, mask=i < adapters)
-        row += tl.sum(rows, 0)
-    tl.store(used + module, row // BLOCK)
+        tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, 0)
+    filled = (total + BLOCK - 1) // BLOCK * BLOCK
+    tl.store(start + module * adapters + i, tl.cumsum(filled, 0) - filled, mask=i < adapters)
+    tl.store(rows + module * tl.num_programs(0) + span, tl.sum(filled, 0))
 
 
 @triton.jit
 def _place_kernel(
-    choice: "Pointer", counts: "Pointer", start: "Pointer", rank: "Pointer", sorted: "Pointer",
-    block_adapter: "Pointer", tokens: int, adapters: int, chunks: int, blocks: int, module_stride: int,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    choice: "Pointer", counts: "Pointer", start: "Pointer", rows: "Pointer", rank: "Pointer", sorted: "Pointer",
+    block_adapter: "Pointer", used: "Pointer", tokens: int, adapters: int, chunks: int, blocks: int, spans: int,
+    module_stride: int, TILE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each token into its row; the first token of a block names the block's adapter."""
     c = tl.program_id(0)
@@ -129,5 +133,13 @@ def _place_kernel(
     row = tl.load(start + module * adapters + mine, mask=grouped, other=0)
     row += tl.load(counts + (module * chunks + c).to(tl.int64) * adapters + mine, mask=grouped, other=0)
     row += tl.load(rank + module * tokens + token, mask=grouped, other=0)
+    total = 0
+    for first in range(0, spans, STEP):
+        span = first + tl.arange(0, STEP)
+        held = tl.load(rows + module * spans + span, mask=span < spans, other=0)
+        row += tl.sum(tl.where(span[None, :] < (mine // SPAN)[:, None], held[None, :], 0), 1)
+        total += tl.sum(held, 0)
+    if c == 0:
+        tl.store(used + module, total // BLOCK)
     tl.store(sorted + module * blocks * BLOCK + row, token, mask=grouped)
     tl.store(block_adapter + module * blocks + row // BLOCK, mine, mask=grouped & (row % BLOCK == 0))

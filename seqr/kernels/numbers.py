@@ -9,6 +9,8 @@ from triton import knobs
 # A tensor of device memory, as Triton hands it to a kernel, or a tile of one.
 Pointer = Any
 Tile = Any
+# Three tiles that are one in three terms or sums, the largest first.
+Terms = Any
 
 # Triton's interpreter (3.6 to 3.9) truncates to bf16 and multiplies bf16 by its bit patterns; the branches on this
 # flag give it the card's meaning. They cost the card nothing: they are decided when the kernel is compiled.
@@ -44,7 +46,7 @@ def bf16_dot(a: "Tile", b: "Tile", sum: "Tile") -> Tile:
 
 
 @triton.jit
-def bf16_terms(a: "Tile") -> tuple[Tile, Tile, Tile]:
+def bf16_terms(a: "Tile") -> Terms:
     """fp32 ``a`` as the sum of three bf16 tiles, largest first: exact unless near underflow; NaN where not finite."""
     high = rounded(a, tl.bfloat16)
     rest = a - high.to(tl.float32)

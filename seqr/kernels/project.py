@@ -13,6 +13,7 @@ TOKEN_TILE = 64
 # Up to here the parts of the sum are left to the reader: few tiles of tokens would leave most of a card idle.
 PARTS_TOKENS = 1024
 _STEP = 64
+_STAGES = 3
 _MAX_PARTS = 32
 
 
@@ -76,7 +77,7 @@ def project(x: torch.Tensor, a: Projection, parts: bool | None = None) -> torch.
     _project_kernel[grid](
         x, weight, z, tokens, inputs, x.stride(0), 1 if parts else count,
         COLUMNS=a.columns, PADDED=weight.shape[-1], LENGTH=length, EXACT=exact, TILE=TOKEN_TILE, STEP=_STEP,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     return z
 

@@ -1,5 +1,7 @@
 """Per-token routing in one kernel: features, product, score, permission bit, running argmax. No T x N is written."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -7,18 +9,56 @@ import triton.language as tl
 from seqr.kernels.candidates import Candidates
 from seqr.kernels.numbers import ADAPTER_BLOCK, Pointer
 from seqr.kernels.permission_bits import permitted_tile
-from seqr.kernels.score_tile import best_in_tile, score_tile, sum_parts, usable_tile
-from seqr.kernels.tables import SiteTables
+from seqr.kernels.score_tile import (
+    add_products,
+    best_in_tile,
+    gram_terms,
+    held_features,
+    no_products,
+    score_of,
+    score_tile,
+    sum_parts,
+    usable_tile,
+)  # fmt: skip
+from seqr.kernels.tables import SiteTables, steps
+from seqr.routing.features import feature_count
 
+# Up to here one program takes 16 tokens, so that there are enough programs; beyond, 64: gram is read less often then.
 DECODE_TOKENS = 64
-# Programs that keep an H200's 132 multiprocessors busy, four on each, three times over; and how far N is split for it.
-_PROGRAMS = 1584
+_MANY = 64
+# Programs that keep an H200's 132 multiprocessors busy, and how far N is split for it.
+_PROGRAMS = 768
 _MOST_SPLITS = 256
 
 
-def token_tile(tokens: int) -> int:
-    """Tokens per program, by T only. Below 64, so that in decode and prefill the same instruction adds up a score."""
-    return 16 if tokens <= DECODE_TOKENS else 32
+@dataclass(frozen=True)
+class Plan:
+    """How programs share out T tokens and N / 64 blocks of adapters: S splits of ``per_split`` blocks."""
+
+    tile: int
+    tiles: int
+    splits: int
+    per_split: int
+    warps: int
+    stages: int = 2
+
+    @classmethod
+    def of(cls, tokens: int, tables: SiteTables) -> "Plan":
+        """By the sizes only."""
+        tile = 16 if tokens <= DECODE_TOKENS else _MANY
+        return cls.of_tiles(tile, triton.cdiv(tokens, tile), tables)
+
+    @classmethod
+    def of_tiles(cls, tile: int, tiles: int, tables: SiteTables) -> "Plan":
+        """For ``tiles`` runs of at most ``tile`` tokens."""
+        blocks = tables.adapters // ADAPTER_BLOCK.value
+        splits = max(1, min(blocks, _MOST_SPLITS, _PROGRAMS // (tiles * tables.modules)))
+        per_split = triton.cdiv(blocks, splits)
+        splits = triton.cdiv(blocks, per_split)
+        few = tile == 16 and tiles * splits * tables.modules <= 132
+        # Features of a high rank are made again for each block, which takes registers.
+        long = tile > 16 and steps(feature_count(tables.rank))[1] > 1
+        return cls(tile, tiles, splits, per_split, 8 if few or long else 4)
 
 
 def summed(z: torch.Tensor, copies: int) -> torch.Tensor:
@@ -39,18 +79,16 @@ def route_tokens(
     int32 [T] -> Candidates [M, T, S] fp32. A score that is not finite never wins, ties go to the lowest column, -1
     where nothing is permitted: ``seqr.routing.per_token``. The time it takes depends on T and N, not on permissions.
     """
-    tokens, tile, blocks = z.shape[1], token_tile(z.shape[1]), tables.adapters // ADAPTER_BLOCK.value
-    tiles = triton.cdiv(tokens, tile)
-    splits = max(1, min(blocks, _MOST_SPLITS, _PROGRAMS // (tiles * tables.modules)))
-    per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, per_split)
-    z_sum = summed(z, splits)
-    found = Candidates.empty(tables.modules, tokens, splits, torch.float32, z.device)
-    _route_kernel[(tiles, splits, tables.modules)](
-        z, z_sum, tables.gram, tables.offset, bits, row, found.value, found.column, tokens, blocks, per_split,
-        bits.shape[0], splits, z.stride(0), z.stride(1), PARTS=z.shape[0], RANK=tables.rank,
-        RANK_PADDED=triton.next_power_of_2(tables.rank), COLUMNS=tables.modules * tables.rank, TILE=tile,
-        num_warps=8 if tile == 16 else 4,
+    tokens, plan = z.shape[1], Plan.of(z.shape[1], tables)
+    z_sum = summed(z, plan.splits)
+    found = Candidates.empty(tables.modules, tokens, plan.splits, torch.float32, z.device)
+    main, count, rest = steps(feature_count(tables.rank))
+    _route_kernel[(plan.tiles, plan.splits, tables.modules)](
+        z, z_sum, tables.gram_terms, tables.offset, bits, row, found.value, found.column, tokens,
+        tables.adapters // ADAPTER_BLOCK.value, plan.per_split, bits.shape[0], plan.splits, z.stride(0), z.stride(1),
+        PARTS=z.shape[0], RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
+        COLUMNS=tables.modules * tables.rank, MAIN=main, STEPS=count, REST=rest, AHEAD=count == plan.per_split == 1,
+        TILE=plan.tile, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return found, z_sum[:1]
 
@@ -60,7 +98,8 @@ def _route_kernel(
     z_parts: "Pointer", z_sum: "Pointer", gram: "Pointer", offset: "Pointer", bits: "Pointer", row: "Pointer",
     best_value: "Pointer", best_column: "Pointer", tokens: int, blocks: int, per_split: int, rows: int, splits: int,
     part_stride: int, token_stride: int, PARTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, MAIN: tl.constexpr, STEPS: tl.constexpr, REST: tl.constexpr, AHEAD: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of tokens, one run of adapter blocks, one module."""
     split = tl.program_id(1)
@@ -68,6 +107,17 @@ def _route_kernel(
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = token < tokens
     first = module * RANK
+    ROWS: tl.constexpr = MAIN * STEPS + REST
+    module_gram = gram + module * blocks * (3 * ROWS * ADAPTER_BLOCK)
+    module_offset = offset + module * blocks * ADAPTER_BLOCK
+    n = tl.arange(0, ADAPTER_BLOCK)
+    if AHEAD:
+        # One block: its gram does not depend on z, and is under way while z is made.
+        own_gram = module_gram + split * (3 * ROWS * ADAPTER_BLOCK)
+        main_gram = gram_terms(own_gram, 0, MAIN, ROWS)
+        rest_gram = gram_terms(own_gram, MAIN, REST, ROWS)
+        own_offset = tl.load(module_offset + split * ADAPTER_BLOCK + n)
+    own_row = tl.load(row + token, mask=live, other=0)
     if PARTS > 1:
         own = z_sum + split.to(tl.int64) * tokens * COLUMNS
         sum_parts(
@@ -79,14 +129,17 @@ def _route_kernel(
     else:
         z = z_parts + first
         z_stride = token_stride
-    own_row = tl.load(row + token, mask=live, other=0)
-    module_gram = gram + module * blocks * (RANK * (RANK + 1) // 2) * ADAPTER_BLOCK
-    module_offset = offset + module * blocks * ADAPTER_BLOCK
-    n = tl.arange(0, ADAPTER_BLOCK)
+    main, rest = held_features(z, z_stride, token, live, RANK, MAIN, STEPS, REST)
     best = tl.full([TILE], float("-inf"), tl.float32)
     chosen = tl.full([TILE], -1, tl.int32)
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, blocks)):
-        score = score_tile(z, z_stride, module_gram, module_offset, token, live, block, RANK)
+        if AHEAD:
+            sums = add_products(no_products(token), main, main_gram)
+            score = score_of(add_products(sums, rest, rest_gram), own_offset)
+        else:
+            score = score_tile(
+                z, z_stride, module_gram, module_offset, token, live, block, main, rest, RANK, MAIN, STEPS, REST
+            )  # fmt: skip
         column = block * ADAPTER_BLOCK + n
         allowed = permitted_tile(bits, rows, blocks * (ADAPTER_BLOCK // 32), own_row, column)
         top, lowest = best_in_tile(score, allowed & usable_tile(score))

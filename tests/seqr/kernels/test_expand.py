@@ -12,9 +12,9 @@ FORMS = ["by token", "by group"]
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that each of them has several blocks to do."""
-    monkeypatch.setattr("seqr.kernels.expand._PROGRAMS", 8)
+def narrow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a program has several of them to do, and the last one is not full."""
+    monkeypatch.setattr("seqr.kernels.expand.GROUP_COLUMNS", 16)
 
 
 def reference(world: World, y: torch.Tensor, choices: list[list[int]]) -> torch.Tensor:

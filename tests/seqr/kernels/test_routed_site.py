@@ -152,7 +152,7 @@ def test_a_settled_choice_scores_nothing_and_a_pass_that_only_reads_adds_nothing
 
 def test_tokens_in_groups_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("seqr.kernels.routed_site.GATHER_TOKENS", 16)
-    monkeypatch.setattr("seqr.kernels.expand._PROGRAMS", 8)
+    monkeypatch.setattr("seqr.kernels.expand.GROUP_COLUMNS", 16)
     rows = PermissionRows(LIBRARY)
     segments = [Segment(rows.row_for(SILOS), 0, 40, mode="per_token"), Segment(0, 0, 5, mode="per_token")]
     check(Layer(), some_x(47), *steps(segments, rows, 47))
