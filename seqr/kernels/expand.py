@@ -1,5 +1,7 @@
 """What the chosen adapter adds: y[t] += z[t] B_i^T in place, per token for few tokens and per group for many."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ def expand_tokens(
     sums, one rounding. In place, the row of a token with nobody is not touched. ``record`` int32 [M, T] gets i(m, t).
     For T up to some hundreds: every token reads its own adapter.
     """
+    # Two columns at a time: with more, the ranks of one column would be spread over several warps, four times slower.
     base = y if source is None else source
     _expand_tokens_kernel[(y.shape[0], tables.blocks.shape[1])](
         y, base, z, tables.b_t, tables.blocks, tables.span, choice.value, choice.column,
@@ -36,7 +39,7 @@ def expand_tokens(
         z.stride(0), z.stride(1), choice.stride, OUTPUTS=tables.b_t.shape[2], PARTS=z.shape[0], RANK=tables.rank,
         RANK_PADDED=triton.next_power_of_2(tables.rank), SPLITS=choice.splits,
         SPLITS_PADDED=triton.next_power_of_2(choice.splits), BLOCK=SiteTables.BLOCK, IN_PLACE=source is None,
-        RECORD=record is not None, ALIGN=tables.align, num_warps=4,
+        RECORD=record is not None, ALIGN=math.gcd(2, tables.align), num_warps=4,
     )  # fmt: skip
 
 
@@ -52,7 +55,6 @@ def _expand_tokens_kernel(
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     module = tl.load(blocks + block)
-    # That they are multiples is what lets a thread read 16 bytes at once.
     column = tl.multiple_of(tl.load(blocks + count + block), ALIGN) + tl.arange(0, BLOCK)
     inside = column < tl.multiple_of(tl.load(blocks + 2 * count + block), ALIGN)
     k = tl.arange(0, RANK_PADDED)

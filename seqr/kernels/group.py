@@ -8,7 +8,7 @@ import triton.language as tl
 
 from seqr.kernels.numbers import Pointer
 
-GROUP_TILE = 32
+GROUP_TILE = 16
 _COUNT_TILE = 128
 _SPAN = 64
 

@@ -13,7 +13,7 @@ TOKEN_TILE = 64
 # Up to here the parts of the sum are left to the reader: few tiles of tokens would leave most of a card idle.
 PARTS_TOKENS = 1024
 _STEP = 64
-_STAGES = 3
+_STAGES = 4
 _MAX_PARTS = 32
 
 

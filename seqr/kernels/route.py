@@ -40,7 +40,7 @@ class Plan:
     splits: int
     per_split: int
     warps: int
-    stages: int = 2
+    stages: int
 
     @classmethod
     def of(cls, tokens: int, tables: SiteTables) -> "Plan":
@@ -55,10 +55,10 @@ class Plan:
         splits = max(1, min(blocks, _MOST_SPLITS, _PROGRAMS // (tiles * tables.modules)))
         per_split = triton.cdiv(blocks, splits)
         splits = triton.cdiv(blocks, per_split)
-        few = tile == 16 and tiles * splits * tables.modules <= 132
-        # Features of a high rank are made again for each block, which takes registers.
-        long = tile > 16 and steps(feature_count(tables.rank))[1] > 1
-        return cls(tile, tiles, splits, per_split, 8 if few or long else 4)
+        # Features of a high rank are made again for each block, which takes registers. Else loading a block's gram
+        # ahead is worth less than the programs for which its memory leaves no room (measured on an H200).
+        long = steps(feature_count(tables.rank))[1] > 1
+        return cls(tile, tiles, splits, per_split, 8 if long and tile > 16 else 4, 2 if long else 1)
 
 
 def summed(z: torch.Tensor, copies: int) -> torch.Tensor:
