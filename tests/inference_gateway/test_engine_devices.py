@@ -11,13 +11,17 @@ from transformers.generation.continuous_batching import continuous_api
 
 from inference_gateway.engine.base import Finished, GenerationRequest, Sampling, Tokens
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+from seqr.library import Library, PermissionRows
 from seqr.models import load_base_model
 from seqr.plan import Plan
 from seqr.public_calibration import CalibrationText, collect_z
 from seqr.routed_linear import adapt_model
+from seqr.routing.evidence import EvidenceState, Standing
 from seqr.shared_a import verify_a
+from seqr.step import Segment
 from tests.inference_gateway.pretend_gpu import OnGpu, PretendGpu, put_on_gpu
 from tests.inference_gateway.support import EOS, OpenGuard, Resident, prompts, resident, run, serve
+from tests.seqr.kernels.conftest import reason_to_skip
 
 MODES = ("prompt_evidence", "evidence", "per_token")
 
@@ -91,7 +95,7 @@ def test_an_engine_on_a_gpu_mixes_no_devices_and_answers_as_on_a_cpu(gpu: None, 
         model, _ = load_base_model(model_dir, torch.float32, "sdpa")
         put_on_gpu(model)
         adapt_model(model, plan, verify_a(plan))
-        limits = EngineLimits(max_concurrent=24, max_batch_tokens=32, kv_tokens=4096, page_size=16, prefix_sharing=True)
+        limits = EngineLimits(24, 32, 4096, page_size=16, prefix_sharing=True, kernels=False)
         engine = TransformersEngine(model, plan, OpenGuard(), [EOS], limits)
         await engine.start()
         try:
@@ -113,3 +117,31 @@ def test_calibration_on_a_gpu_gives_z_on_the_cpu(gpu: None, model_dir: Path, pla
     for name, z in here.items():
         assert not isinstance(there[name], OnGpu)
         torch.testing.assert_close(there[name], z)
+
+
+@pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "it can run")
+def test_a_step_of_the_kernels_mixes_no_devices(gpu: None, plan: Plan) -> None:
+    """As far as their launches, for which the interpreter would need a CPU's addresses."""
+    from seqr.kernels.serving import device_step
+    from seqr.kernels.tables import SiteTables
+
+    library = Library.empty(plan, "cuda")
+    for seed, silo in enumerate(("alpha", "beta")):
+        one = resident(plan, silo, seed)
+        library = library.add(silo, 1, one.adapter, one.statistics)
+    tables = [
+        SiteTables.of_stacks([stack], [spec.out_features], torch.float32)
+        for stack, spec in zip(library.stacks, plan.modules, strict=True)
+    ]
+    rows = PermissionRows(library)
+    row = rows.row_for(["alpha", "beta"])
+    state = EvidenceState(len(plan.modules), 4, library.columns, library.width, "cuda")
+    segments = [
+        Segment(row, 0, 5, 1),
+        Segment(row, 0, 2, mode="per_token"),
+        Segment(row, 9, 1, mode="prompt_evidence", standing=Standing({("beta", 1): 3.0})),
+    ]
+    step = device_step(rows, segments, tables, state, 9)
+    assert step.batch.settled.tolist() == [-1] * 7 + [1, -1]
+    held = (step.bits, step.chosen, step.sums, step.batch.row, step.chunks.chunk if step.chunks else None)
+    assert all(isinstance(t, OnGpu) for t in held)
