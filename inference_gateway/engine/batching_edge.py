@@ -91,6 +91,7 @@ class BatchingEdge:
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=max_requests,
                 max_blocks_per_request=0,
+                cpu_offload_space=0.0,
                 allow_block_sharing=prefix_sharing,
                 use_async_batching=False,
                 use_cuda_graph=False,

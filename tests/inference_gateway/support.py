@@ -151,7 +151,7 @@ def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
+    return asyncio.run(asyncio.wait_for(coroutine, 300))  # on a GPU, kernels are compiled meanwhile
 
 
 Use = Callable[[TransformersEngine], Awaitable[Any]]
