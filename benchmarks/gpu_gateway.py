@@ -223,7 +223,7 @@ def conformance(options: argparse.Namespace) -> dict[str, Any]:
     if options.tiny:
         which = ["-n", "0", "-k", "limit and transformers-prefix"]
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.gateway_fixtures"),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.gateway_fixtures"),
         *("-p", "xdist.plugin", "-p", "pytest_timeout"),
         *(f"--confcutdir={SUITE}", SUITE, "--durations=8", "--tb=short", "--timeout=280", *which),
     ]
