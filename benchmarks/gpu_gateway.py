@@ -251,6 +251,7 @@ def main() -> int:
         asyncio.run(speed(options, "kernels", options.adapters, time.monotonic() + options.seconds))
         return 0
     options.warm = ""
+    options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
@@ -262,7 +263,10 @@ def main() -> int:
     if "conformance" in options.only:
         found["conformance"] = conformance(options)
     for process in compiling:
-        process.wait()
+        try:
+            process.wait(timeout=max(1.0, began + 300.0 - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
     found["compiled after"] = time.monotonic() - began
     print(f"conformance and compiling: {found['compiled after']:.0f} s", flush=True)
     ends = time.monotonic() + options.seconds

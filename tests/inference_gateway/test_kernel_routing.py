@@ -1,6 +1,8 @@
 """An engine that routes with the GPU's kernels answers as one without them; in Triton's interpreter on a CPU."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,18 @@ def test_a_prefix_that_the_kernels_computed_is_shared(model_dir: Path, plan: Pla
 
     first, again, hits = serve(model_dir, plan, use, residents, kernels=True, prefix_sharing=True)
     assert first == again and hits == 32
+
+
+def test_a_revoked_adapter_leaves_the_kernels_tables(model_dir: Path, plan: Plan, residents: list[Resident]) -> None:
+    async def use(engine: TransformersEngine) -> list[Any]:
+        await ask(engine, "a", range(3, 9), [one.key for one in residents], "per_token", 2)
+        assert engine._kernels is not None
+        held = [weakref.ref(table.b_t) for table in engine._kernels.tables]
+        await engine.revoke(residents[0].key)
+        gc.collect()
+        return [reference() for reference in held]
+
+    assert serve(model_dir, plan, use, residents, kernels=True) == [None] * 4
 
 
 def test_deterministic_serving_does_not_route_with_kernels(model_dir: Path, plan: Plan) -> None:
