@@ -214,7 +214,7 @@ class Service:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         a = verify_a(plan)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(settings)
         model, tokenizer = load_base_model(path, getattr(torch, plan.dtype), "sdpa")
         model.to(device)
         if compiled is not None and device == "cpu":
@@ -237,6 +237,19 @@ class Service:
         self.waiting_for = "the engine"
         intake = Intake(self._client, engine, plan, self._sealing_key, self._signing_key, z)
         return Serving(plan, engine, tokenizer, intake, chat_frame(tokenizer), grammars, vocabulary, tuple(eos))
+
+
+def choose_device(settings: Settings) -> str:
+    """``cpu`` or ``cuda``, by the setting ``device``. Raises ``SettingsInvalid``."""
+    import torch
+
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() and not settings.deterministic else "cpu"
+    if settings.device == "cuda" and settings.deterministic:
+        raise SettingsInvalid('deterministic serving is for CPUs only: set device to "cpu"')
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsInvalid('device is "cuda", and torch finds no CUDA device here')
+    return settings.device
 
 
 def _eos(model: Any, tokenizer: Any) -> list[int]:

@@ -107,6 +107,8 @@ class Settings(FileSettings):
     prefix_sharing: bool = False
     # Answers whose bits do not depend on what else is asked at the same time; slower, on CPUs only.
     deterministic: bool = False
+    # What computes: "cuda", "cpu", or "auto": a CUDA device where there is one and ``deterministic`` is not asked for.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     default_max_tokens: int = Field(default=512, ge=1)
     # A stream that is silent for this long sends a comment, so that nothing on the way takes it for dead.
     keep_alive_seconds: float = Field(default=15, gt=0)

@@ -113,6 +113,8 @@ class StepContext:
         # Evidence is gathered for a sequence that nobody may shape, too: its permitted set may grow while it runs, and
         # what it has gathered by then must not depend on who else was in the batch.
         self.idle = not self.library.silos or (self._pass is None and not bool(self.permitted.any()))
+        # Nor does a pass that only reads look at its choices: on a GPU each look would wait for the device.
+        self.adds_nothing = all(segment.row == 0 for segment in segments)
         self._gate = Gate(self.permitted)
         self._watches = _watches(segments, watched, device)
         self._watched = tuple(watched)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from inference_gateway.engine.base import TokenShares
 from inference_gateway.engine.sequences import Sequence as Running
@@ -9,6 +10,9 @@ from inference_gateway.engine.stepper import Batch
 from seqr.library import PermissionRows
 from seqr.routing.evidence import GRID, Standing, total_recency
 from seqr.step import StepContext, standing_lead
+
+if TYPE_CHECKING:  # needs Triton
+    from inference_gateway.engine.kernel_routing import KernelStep
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def watched_tokens(parts: Sequence[Part]) -> list[int]:
     return [part.end - 1 for part in parts if part.predicts]
 
 
-def attribute(parts: Sequence[Part], step: StepContext, modules: int) -> None:
+def attribute(parts: Sequence[Part], step: "StepContext | KernelStep", modules: int) -> None:
     """Add a finished step to its requests' shares, and leave the shares of the token that is about to be handed out."""
     if not parts:
         return

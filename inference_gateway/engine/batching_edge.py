@@ -71,6 +71,10 @@ class BatchingEdge:
         self._model = model
         self._stepper = stepper
         self._deterministic = deterministic
+        self._on_gpu = model.device.type == "cuda"
+        if self._on_gpu:
+            # cuDNN plans its attention anew for every shape, and every step brings new lengths.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if deterministic:
             invariant.make_invariant(model)
         elif model.device.type == "cpu" and model.dtype == torch.float32:
@@ -87,6 +91,7 @@ class BatchingEdge:
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=max_requests,
                 max_blocks_per_request=0,
+                cpu_offload_space=0.0,
                 allow_block_sharing=prefix_sharing,
                 use_async_batching=False,
                 use_cuda_graph=False,
@@ -190,6 +195,10 @@ class BatchingEdge:
     def _before_forward(self, _model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "cache" not in kwargs:  # a plain forward pass, not the worker's
             return args, kwargs
+        if self._on_gpu:
+            # This runs on the library's own stream. The batch was written on the default one, where other threads put
+            # libraries and permission rows, too; the library does not wait for it.
+            torch.cuda.current_stream(self._model.device).wait_stream(torch.cuda.default_stream(self._model.device))
         pending = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
         starts = kwargs["cu_seq_lens_q"].tolist()
@@ -222,6 +231,9 @@ class BatchingEdge:
             self._manager.failed_steps = 0
         except Exception as error:
             self._stepper.failed(error)
+            if self._on_gpu:
+                # What is still under way must not read the next batch's write indices.
+                torch.cuda.synchronize(self._model.device)
             raise _StepFailed from error
         finally:
             reset_context()

@@ -11,6 +11,7 @@ class EngineLimits:
     computed once for equal permitted sets and salts, see decision 14. ``deterministic``: an answer's bits do not depend
     on what else is in the batch; slower, and for CPUs only (``engine.invariant``). ``threads``: the engine computes
     with so many, and every other thread of the process with one (decision 16); None leaves torch's settings alone.
+    ``kernels``: route with ``seqr.kernels``; None: on a GPU, where Triton is installed.
     """
 
     max_concurrent: int = 16
@@ -21,3 +22,4 @@ class EngineLimits:
     prefix_sharing: bool = False
     deterministic: bool = False
     threads: int | None = None
+    kernels: bool | None = None

@@ -40,7 +40,9 @@ class Output:
 class Stepper(Protocol):
     """The engine as the worker's thread calls it. None of this may raise."""
 
-    def begin(self, batch: Batch) -> StepContext | BaseOnly: ...
+    def begin(self, batch: Batch) -> StepContext | BaseOnly | None:
+        """What routed layers are to read; None where they read a step of ``seqr.kernels``, which is set by then."""
+        ...
 
     def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
         """Leave in each row of ``logits`` [n, V] fp32 what its argmax is to choose."""

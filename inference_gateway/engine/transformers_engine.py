@@ -5,7 +5,8 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,12 +28,15 @@ from inference_gateway.engine.sampling import Matcher, Sampler, sampler_of
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.sequences import SequenceTable
 from inference_gateway.engine.stepper import Batch, Output, Slice
-from inference_gateway.errors import EngineStopped, GrammarTooComplex
+from inference_gateway.errors import EngineIncompatible, EngineStopped, GrammarTooComplex
 from seqr.adapter import Adapter
 from seqr.library import Library, PermissionRows, Statistics
 from seqr.plan import Plan
 from seqr.routing.evidence import EvidenceStale, EvidenceState, Standing
 from seqr.step import BaseOnly, Segment, StepContext
+
+if TYPE_CHECKING:  # needs Triton
+    from inference_gateway.engine.kernel_routing import KernelRouting, KernelStep
 
 __all__ = ["EngineLimits", "TransformersEngine"]
 
@@ -79,7 +83,8 @@ class TransformersEngine:
         self._changing = threading.Lock()
         self._admission = asyncio.Semaphore(limits.max_concurrent)
         self._waiting = 0
-        self._step: StepContext | None = None
+        self._kernels = _kernels(model, plan, self._library, limits)
+        self._step: StepContext | KernelStep | None = None
         self._batch: Batch | None = None
         self._parts: list[Part] = []
         self._began = self._step_seconds = 0.0
@@ -155,11 +160,14 @@ class TransformersEngine:
     ) -> int:
         with self._changing:
             library = change(self._library)
+            tables = self._kernels.tables_of(library) if self._kernels is not None else ()
             with self._edge.paused():
                 with self._membership:
                     before, self._keys = self._keys, frozenset(keys_after(self._keys))
                     self._retiring &= self._keys
                     self._library = library
+                    if self._kernels is not None:
+                        self._kernels.tables = tables
                     self._rows = PermissionRows(library)
                     self._evidence.remap(library.columns, library.width)
                     for sequence in self._sequences:
@@ -253,7 +261,7 @@ class TransformersEngine:
         if sequence is not None:
             self._end(sequence.request_id, why)
 
-    def begin(self, batch: Batch) -> StepContext | BaseOnly:
+    def begin(self, batch: Batch) -> StepContext | BaseOnly | None:
         """The permissions and evidence of a step. Whatever is in doubt gets row 0 and its request ends."""
         self._batch, self._step, self._began = batch, None, time.perf_counter()
         try:
@@ -265,6 +273,9 @@ class TransformersEngine:
             segments = [self._segment(one) for one in batch.slices]
             self._parts = attributed_parts(batch, self._sequences.get)
             watched = watched_tokens(self._parts)
+            if self._kernels is not None and self._kernels.takes(segments, self._parts):
+                self._step = self._kernels.step(self._rows, segments, self._evidence, batch.tokens, watched)
+                return None
             self._step = StepContext(self._rows, segments, self._evidence, batch.tokens, watched=watched)
         except Exception:
             log.exception("no step context could be made; the step runs without adapters and its requests end")
@@ -338,7 +349,8 @@ class TransformersEngine:
                 logits[row, token] = 0.0
 
     def completed(self) -> None:
-        step, parts, self._step, self._batch, self._parts = self._step, self._parts, None, None, []
+        step, parts = self._step, self._parts
+        self._leave()
         if step is None:
             return
         step.finish()
@@ -347,9 +359,15 @@ class TransformersEngine:
         attribute(parts, step, len(self._plan.modules))
 
     def failed(self, error: Exception) -> None:
-        batch, self._step, self._batch, self._parts = self._batch, None, None, []
+        batch = self._batch
+        self._leave()
         for one in batch.slices if batch is not None else ():
             self._end_pass(one.request_id, BROKEN)
+
+    def _leave(self) -> None:
+        self._step, self._batch, self._parts = None, None, []
+        if self._kernels is not None:
+            self._kernels.leave()
 
     def deliver(self, outputs: Sequence[Output]) -> None:
         # The policy may have changed during the step: what it computed must not leave then.
@@ -398,6 +416,20 @@ class TransformersEngine:
             withdrawn = {s.request_id: BROKEN for s in self._sequences if s.request.adapters}
         for request_id, why in withdrawn.items():
             self._end(request_id, why)
+
+
+def _kernels(model: Any, plan: Plan, library: Library, limits: EngineLimits) -> "KernelRouting | None":
+    if limits.kernels is None:
+        wanted = model.device.type == "cuda" and not limits.deterministic and find_spec("triton") is not None
+    else:
+        wanted = limits.kernels
+    if not wanted:
+        return None
+    if limits.deterministic:
+        raise EngineIncompatible("deterministic serving cannot route with kernels")
+    from inference_gateway.engine.kernel_routing import KernelRouting
+
+    return KernelRouting(model, plan, library)
 
 
 def _must_read(request: GenerationRequest) -> bool:

@@ -35,6 +35,12 @@ def free_memory() -> int:
     return total_memory() // 2
 
 
+def resident_bytes(pid: int) -> int:
+    """Bytes of a process that are in memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _processor() -> str:
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):

@@ -76,7 +76,10 @@ class RoutedSite(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] != step.tokens:
             raise DeviceStepMismatch(f"the step describes {step.tokens} tokens, but the site was given {flat.shape[0]}")
-        y = self._stacked(flat, step) if self.stacked else self._separate(flat, step)
+        if step.idle:
+            y = F.linear(flat, self.weight[: sum(self.outputs)], self.bias)
+        else:
+            y = self._stacked(flat, step) if self.stacked else self._separate(flat, step)
         return y.view(*x.shape[:-1], -1)
 
     def parts(self) -> list["SitePart"]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from seqr.kernels.evidence_prefill import Chunks
 from seqr.kernels.permission_bits import pack_bits
 from seqr.kernels.step import Batch, DeviceStep, DeviceStepMismatch
@@ -61,12 +63,15 @@ def device_step(
 
 def settled_columns(rows: "PermissionRows", segments: Sequence["Segment"]) -> list[int]:
     """Per segment the permitted, everywhere finite column that its standing has most evidence for; -1 without one."""
-    library, columns = rows.library, []
-    for segment in segments:
-        if segment.standing is None:
-            columns.append(-1)
-            continue
-        value = segment.standing.row(library.columns, library.width)[None]
-        allowed = (rows.table[segment.row] & library.finite).cpu()
-        columns.append(int(choose(value, allowed[None])[0]))
+    settled = [
+        (index, segment, segment.standing) for index, segment in enumerate(segments) if segment.standing is not None
+    ]
+    columns = [-1] * len(segments)
+    if settled:
+        library = rows.library
+        value = torch.stack([standing.row(library.columns, library.width) for _, _, standing in settled])
+        row = torch.tensor([segment.row for _, segment, _ in settled])
+        allowed = rows.table[row.to(library.device)] & library.finite
+        for (index, _, _), column in zip(settled, choose(value.to(library.device), allowed).tolist(), strict=True):
+            columns[index] = column
     return columns

@@ -118,6 +118,11 @@ class DeviceStep:
     def tokens(self) -> int:
         return self.batch.row.shape[0]
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is chosen and nothing gathered: every site is W x alone, and ``chosen`` stays at nobody."""
+        return self.nobody and "evidence" not in self.modes
+
     def rewind(self) -> None:
         """Begin the next forward pass: what was summed over the modules of the last one is no part of it."""
         self._first = True
@@ -163,6 +168,18 @@ def current_step() -> DeviceStep:
     if step is None:
         raise DeviceStepMissing("a routed site ran without a device step: set one before the forward pass")
     return step
+
+
+def set_step(step: DeviceStep | None) -> None:
+    """Make ``step``, rewound, the one that routed sites read in this thread or task; None: there is none."""
+    if step is not None:
+        step.rewind()
+    _current.set(step)
+
+
+def has_step() -> bool:
+    """Whether routed sites have a step to read."""
+    return _current.get() is not None
 
 
 @contextmanager

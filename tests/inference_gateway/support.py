@@ -102,10 +102,15 @@ class OpenGuard:
 
 
 def build_engine(
-    model_dir: Path, plan: Plan, guard: Any = None, dtype: torch.dtype = torch.float32, **limits: Any
+    model_dir: Path,
+    plan: Plan,
+    guard: Any = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **limits: Any,
 ) -> TransformersEngine:
     model, _ = load_base_model(model_dir, dtype, "sdpa")
-    adapt_model(model, plan, verify_a(plan))
+    adapt_model(model.to(device), plan, verify_a(plan))
     chosen = {"max_concurrent": 24, "max_batch_tokens": 32, "kv_tokens": 4096, "page_size": 16} | limits
     return TransformersEngine(model, plan, guard or OpenGuard(), [EOS], EngineLimits(**chosen))
 
@@ -146,7 +151,7 @@ def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
+    return asyncio.run(asyncio.wait_for(coroutine, 300))  # on a GPU, kernels are compiled meanwhile
 
 
 Use = Callable[[TransformersEngine], Awaitable[Any]]

@@ -216,6 +216,22 @@ def test_evidence_of_a_user_of_nothing_does_not_depend_on_who_else_is_in_the_bat
     assert torch.equal(*sums)
 
 
+def test_a_pass_that_only_reads_looks_at_none_of_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(*_: object) -> None:
+        raise AssertionError("on a GPU this would wait for the device in every layer")
+
+    monkeypatch.setattr(StepContext, "grouped", looks)
+    monkeypatch.setattr(routed_linear, "add_rows", looks)
+    library = toy_library(PLAN, ["a", "b"])
+    model = ToyModel(PLAN)
+    adapt_model(model, PLAN, A)
+    state = EvidenceState(len(PLAN.modules), 1, library.columns, library.width)
+    step = StepContext(PermissionRows(library), [Segment(0, 0, 4, 0, recent=4)], state)
+    with running(step), torch.inference_mode():
+        model(torch.randn(4, 24))
+    assert bool(state.sums.any())
+
+
 def test_one_batch_gives_each_user_what_each_would_get_alone() -> None:
     library = toy_library(PLAN, ["a", "b", "c"])
     model = ToyModel(PLAN)

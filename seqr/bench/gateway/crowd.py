@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ import httpx
 from seqr.bench.gateway.options import Options
 from seqr.bench.gateway.sample import quantile
 from seqr.bench.gateway.serving import Served, served_gateway
+from seqr.bench.machine import resident_bytes
 
 ADAPTERS, USERS = 8, 8
 # Answers that say "not now" and mean it.
@@ -163,9 +163,3 @@ async def _watch(pid: int, tally: Tally) -> None:
     while True:
         tally.memory.append(resident_bytes(pid))
         await asyncio.sleep(0.5)
-
-
-def resident_bytes(pid: int) -> int:
-    """Bytes of a process that are in memory."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

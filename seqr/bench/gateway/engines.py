@@ -17,9 +17,9 @@ import torch
 from inference_gateway.engine.base import AdapterKey, Failed, Finished, GenerationRequest
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
 from seqr.bench.errors import BenchFailed
-from seqr.bench.gateway.crowd import resident_bytes
 from seqr.bench.gateway.sample import Sample
 from seqr.bench.gateway.shelf import random_columns, speech
+from seqr.bench.machine import resident_bytes
 from seqr.bench.routing.memory import measured_bytes
 from seqr.library import Library
 from seqr.models import load_base_model

@@ -33,7 +33,7 @@ class Static:
     def __init__(self, model: Any, load: Load):
         self._model = model
         self._load = load
-        self._ids = torch.tensor(load.prompts)
+        self._ids = torch.tensor(load.prompts, device=model.device)
 
     async def run(self) -> Sample:
         """One batch; nothing else runs in this process meanwhile."""
@@ -48,7 +48,7 @@ class Static:
                 min_new_tokens=tokens,
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
-            )
+            ).cpu()
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
         made = out.shape[0] * (out.shape[1] - self._ids.shape[1])
         return Sample(seconds, cpu_seconds, made, (clock.first - wall,) * out.shape[0])

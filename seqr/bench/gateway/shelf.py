@@ -68,25 +68,28 @@ def speech(model: torch.nn.Module, tokenizer: Any, plan: Plan) -> dict[str, torc
     return {name: part[:512] for name, part in z.items()}
 
 
-def random_columns(plan: Plan, count: int, z: Mapping[str, torch.Tensor]) -> list[Column]:
-    """``count`` adapters as a library holds them, each with tensors of its own; z: see ``speech``."""
-    return list(_columns(plan, count, z))
+def random_columns(
+    plan: Plan, count: int, z: Mapping[str, torch.Tensor], device: torch.device | str = "cpu"
+) -> list[Column]:
+    """``count`` adapters as a library on ``device`` holds them, each with tensors of its own; z: see ``speech``."""
+    return list(_columns(plan, count, z, device))
 
 
-def _columns(plan: Plan, count: int, z: Mapping[str, torch.Tensor]) -> Iterator[Column]:
+def _columns(plan: Plan, count: int, z: Mapping[str, torch.Tensor], device: torch.device | str) -> Iterator[Column]:
     for index in range(count):
         generator = torch.Generator().manual_seed(index)
-        parts = tuple(_part(random_b(spec, plan.rank, generator), z[spec.name]) for spec in plan.modules)
+        parts = tuple(_part(random_b(spec, plan.rank, generator), z[spec.name], device) for spec in plan.modules)
         yield Column(silo_name(index), 1, parts)
 
 
-def _part(b: torch.Tensor, z: torch.Tensor) -> ModuleColumn:
+def _part(b: torch.Tensor, z: torch.Tensor, device: torch.device | str) -> ModuleColumn:
     r = torch.linalg.qr(b, mode="r").R
     r = (torch.where(r.diagonal() < 0, -1.0, 1.0)[:, None] * r).triu()
     heard = norms(r, z)
     mu, sigma = float(heard.mean()), float(heard.std(correction=0))
     wide = r.to(torch.float64)
-    return ModuleColumn((gram(wide) / sigma / sigma).to(torch.float32), mu / sigma, b.T.contiguous(), r, mu, sigma)
+    b_t = b.T.contiguous().to(device)
+    return ModuleColumn((gram(wide) / sigma / sigma).to(torch.float32), mu / sigma, b_t, r, mu, sigma)
 
 
 def prompts(streams: int, length: int, vocabulary: int) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from inference_gateway.engine.base import Engine, StepGuard
 from seqr.plan import Plan
@@ -24,6 +25,10 @@ ENGINES: dict[str, Factory] = {
     "transformers-deterministic": transformers(deterministic=True),
     "transformers-prefix-sharing": transformers(prefix_sharing=True),
 }
+if torch.cuda.is_available():
+    ENGINES["transformers-cuda-kernels"] = transformers(device="cuda", kernels=True)
+    ENGINES["transformers-cuda-torch"] = transformers(device="cuda", kernels=False)
+    ENGINES["transformers-cuda-prefix-sharing"] = transformers(device="cuda", prefix_sharing=True)
 
 
 @pytest.fixture(params=list(ENGINES))

@@ -1,0 +1,102 @@
+"""A model that ``seqr.routed_linear.adapt_model`` has adapted, made to run on these kernels where a step says so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from seqr.kernels.routed_site import RoutedSite, SitePart
+from seqr.kernels.step import has_step
+from seqr.kernels.tables import SiteTables
+from seqr.library import Library
+from seqr.plan import Plan
+from seqr.routed_linear import RoutedLinear
+from seqr.step import base_only
+
+
+class SwitchedLinear(nn.Module):
+    """A part of a site in a step of ``seqr.kernels.step``, and the ``RoutedLinear`` it replaces in any other."""
+
+    def __init__(self, plain: RoutedLinear, part: SitePart):
+        super().__init__()
+        self.plain = plain
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n] -> [..., m]."""
+        y: torch.Tensor = self.part(x) if has_step() else self.plain(x)
+        return y
+
+
+@dataclass(frozen=True)
+class AdaptedSites:
+    """The sites of a model, each as (its first module, how many); dtype: b_t's, bf16 for a bf16 model, else fp32."""
+
+    plan: Plan
+    sites: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: Plan) -> "AdaptedSites":
+        """Make sites of the plan's modules in ``model``: of those that follow each other and read the same tensor.
+
+        Runs the base model once, over one token, to see what they read. Raises ``SiteMismatch`` off a GPU.
+        """
+        names = [spec.name for spec in plan.modules]
+        sites = _sites(model, names)
+        for site, (first, count) in enumerate(sites):
+            linears = [_routed(model, name) for name in names[first : first + count]]
+            together = RoutedSite([one.base for one in linears], [one.a_t.T for one in linears], site, first)
+            for name, linear, part in zip(names[first : first + count], linears, together.parts(), strict=True):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, SwitchedLinear(linear, part))
+        dtype = next(model.parameters()).dtype
+        return cls(plan, sites, dtype if dtype == torch.bfloat16 else torch.float32)
+
+    def tables(self, library: Library) -> tuple[SiteTables, ...]:
+        """What the sites read of ``library``."""
+        made = []
+        for first, count in self.sites:
+            outputs = [spec.out_features for spec in self.plan.modules[first : first + count]]
+            made.append(SiteTables.of_stacks(library.stacks[first : first + count], outputs, self.dtype))
+        return tuple(made)
+
+
+def _routed(model: nn.Module, name: str) -> RoutedLinear:
+    module = model.get_submodule(name)
+    if not isinstance(module, RoutedLinear):
+        raise TypeError(f"module {name} must be adapted first, got {type(module).__name__}")
+    return module
+
+
+def _sites(model: nn.Module, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    calls: list[tuple[int, torch.Tensor]] = []
+
+    def hook_for(index: int) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            calls.append((index, inputs[0]))
+
+        return model.get_submodule(names[index]).register_forward_pre_hook(hook)
+
+    handles = [hook_for(index) for index in range(len(names))]
+    try:
+        with torch.inference_mode(), base_only():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = [index for index, _ in calls]
+    together = {
+        index
+        for (before, read), (index, x) in pairwise(calls)
+        if index == before + 1 and read is x and called.count(index) == called.count(before) == 1
+    }
+    sites: list[tuple[int, int]] = []
+    for index in range(len(names)):
+        if index in together:
+            sites[-1] = sites[-1][0], sites[-1][1] + 1
+        else:
+            sites.append((index, 1))
+    return tuple(sites)
