@@ -27,6 +27,12 @@ class BenchFolderTaken(SeqrError):
     code = "bench_folder_taken"
 
 
+class BenchAdapterMissing(SeqrError):
+    """An adapter that another device trained for this run, and that was not brought along with its results."""
+
+    code = "bench_adapter_missing"
+
+
 class BenchInterrupted(SeqrError):
     """A benchmark was stopped; what it has finished is kept."""
 

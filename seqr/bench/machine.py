@@ -22,6 +22,12 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def device_name() -> str:
+    """The device that torch makes tensors on: "cpu", or a GPU by its product's name."""
+    device = torch.get_default_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def total_memory() -> int:
     """Bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,8 @@ from seqr.routers.pool import AdapterPool
 from seqr.routing.products import ExactFp32
 
 Observer = Callable[[Activation], None]
+# Up to so many adapters a GPU multiplies by all of them sooner than it can be asked which ones are in use.
+FEW = 64
 
 
 class MixtureModel:
@@ -87,6 +89,8 @@ def hidden_states(model: Any, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
 def add_mixture(y: torch.Tensor, activation: Activation, mixture: Mixture) -> torch.Tensor:
     """y + sum of the chosen adapters' shares, computed in fp32 and rounded once to y's dtype: y [T, m] -> [T, m]."""
     pool, module = activation.pool, activation.module
+    if y.device.type != "cpu" and len(pool) <= FEW and pool.finite:
+        return add_every(y, activation, mixture)
     total: torch.Tensor | None = None
     with ExactFp32(y.device.type):
         for column in sorted(set(mixture.columns.flatten().tolist())):
@@ -100,3 +104,17 @@ def add_mixture(y: torch.Tensor, activation: Activation, mixture: Mixture) -> to
                 total = y.to(torch.float32, copy=True)
             total.index_add_(0, rows, share)
     return y if total is None else total.to(y.dtype)
+
+
+def add_every(y: torch.Tensor, activation: Activation, mixture: Mixture) -> torch.Tensor:
+    """``add_mixture`` as one product over all adapters, most of them weighted 0: the host need not wait for the device.
+
+    Every B must be finite.
+    """
+    pool, module = activation.pool, activation.module
+    weight = y.new_zeros(y.shape[0], len(pool) + 1, dtype=torch.float32)
+    weight = weight.scatter_add_(1, mixture.columns + 1, mixture.weights)[:, 1:, None]
+    with ExactFp32(y.device.type):
+        z = activation.z[:, None] if pool.shared else activation.z
+        total = y.to(torch.float32) + (weight * z).flatten(1) @ pool.b_t[module].flatten(0, 1)
+    return total.to(y.dtype)

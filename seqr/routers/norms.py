@@ -34,21 +34,30 @@ class SquaredNorms:
         factors = r_factors(pool, module)
         if not self._shared:
             return torch.stack([r / s for r, s in zip(factors, sigma, strict=True)]).to(torch.float32)
-        grams = torch.stack([gram(r) / s / s for r, s in zip(factors, sigma.cpu(), strict=True)]).to(torch.float32)
+        each = zip(factors.cpu(), sigma.cpu(), strict=True)
+        grams = torch.stack([gram(r) / s / s for r, s in each]).to(torch.float32)
         return column_blocks(grams.to(factors.device))
 
 
 def r_factors(pool: AdapterPool, module: int) -> torch.Tensor:
     """R_i of B_i = Q_i R_i in one module: fp64 [N, r, r], rounded to fp32 as an adapter holds it.
 
-    All NaN for a B that is not finite.
+    All NaN for a B that is not finite. Factorized on the CPU, which is faster at many small matrices than a GPU, and
+    once per pool.
     """
-    factors = []
-    for b_t in pool.b_t[module]:
-        finite = bool(torch.isfinite(b_t).all())
-        r = torch.linalg.qr(b_t.T.to(torch.float64)).R if finite else b_t.new_full((b_t.shape[0],) * 2, torch.nan)
-        factors.append(r.to(torch.float32).to(torch.float64))
-    return torch.stack(factors)
+    if module not in pool.kept_r:
+        factors = []
+        for b_t in pool.b_t[module].cpu():
+            finite = bool(torch.isfinite(b_t).all())
+            r = _triangle(b_t.T) if finite else b_t.new_full((b_t.shape[0],) * 2, torch.nan)
+            factors.append(r.to(torch.float32))
+        pool.kept_r[module] = torch.stack(factors).to(pool.b_t[module].device)
+    return pool.kept_r[module].to(torch.float64)
+
+
+def _triangle(b: torch.Tensor) -> torch.Tensor:
+    triangle: torch.Tensor = torch.linalg.qr(b.to(torch.float64)).R
+    return triangle
 
 
 class Spectrum:
@@ -61,9 +70,10 @@ class Spectrum:
         self.arrow: list[torch.Tensor] = []
         self.scaled: list[torch.Tensor] = []
         for module in range(len(pool.a)):
-            both = [thin_svd(pool.a_of(module, i), b_t.T) for i, b_t in enumerate(pool.b_t[module])]
-            self.arrow.append(torch.stack([v_t[0] for _, v_t in both]))
-            self.scaled.append(torch.stack([s[:, None] * v_t for s, v_t in both]))
+            a, b_t, device = pool.a[module].cpu(), pool.b_t[module].cpu(), pool.a[module].device
+            both = [thin_svd(a if pool.shared else a[i], b_t[i].T) for i in range(len(pool))]
+            self.arrow.append(torch.stack([v_t[0] for _, v_t in both]).to(device))
+            self.scaled.append(torch.stack([s[:, None] * v_t for s, v_t in both]).to(device))
 
     def norms(self, activation: Activation) -> torch.Tensor:
         """||S_i V_i^T x||: fp32 [T, N].
@@ -88,7 +98,7 @@ def thin_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     All NaN where a or b is not finite: such an adapter has no singular vectors and is never chosen.
     """
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        return torch.full((a.shape[0],), torch.nan), torch.full(tuple(a.shape), torch.nan)
+        return a.new_full((a.shape[0],), torch.nan), torch.full_like(a, torch.nan)
     q_a, r_a = torch.linalg.qr(a.to(torch.float64).T)
     r_b = torch.linalg.qr(b.to(torch.float64)).R
     _, s, v_t = torch.linalg.svd(r_b @ r_a.T)

@@ -1,7 +1,9 @@
 """The adapters that routers choose among: any LoRA library of one base model, with a shared A or with one A each."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,7 +31,8 @@ class AdapterPool:
     """N adapters stacked per module, in the order given; ``modules`` in the order of the first one.
 
     a: per module fp32 [r, n] when all adapters share A (``shared``), else [N, r, n]; b_t: per module fp32 [N, r, m].
-    N may be 0. Raises ``PoolMismatch``.
+    N may be 0. kept_r: what ``seqr.routers.norms.r_factors`` has computed, fp32 [N, r, r] by module. Raises
+    ``PoolMismatch``.
     """
 
     def __init__(self, adapters: Mapping[str, Factors], modules: tuple[str, ...] | None = None):
@@ -48,6 +51,19 @@ class AdapterPool:
             a = [adapter[module].a.to(torch.float32) for adapter in each]
             self.a.append(a[0].contiguous() if self.shared else torch.stack(a))
             self.b_t.append(torch.stack([adapter[module].b.to(torch.float32).T for adapter in each]).contiguous())
+        self.kept_r: dict[int, torch.Tensor] = {}
+
+    def to(self, device: torch.device | str) -> "AdapterPool":
+        """This pool with its tensors on ``device``; the names, modules and numbers stay."""
+        moved = copy(self)
+        moved.a, moved.b_t = ([tensor.to(device) for tensor in part] for part in (self.a, self.b_t))
+        moved.kept_r = {}
+        return moved
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether every B is finite."""
+        return all(bool(torch.isfinite(b_t).all()) for b_t in self.b_t)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -4,12 +4,14 @@ import torch
 import torch.nn.functional as F
 
 from seqr.routers.interface import Activation, Batch, Mixture, ScoreRouter
+from seqr.routers.mixture_model import FEW
 from seqr.routers.norms import SquaredNorms, r_factors
 from seqr.routers.pool import AdapterPool
 from seqr.routers.statistics import Statistics
 from seqr.routing.exact import Truth
 from seqr.routing.per_token import Columns, Gate, route_activations
 from seqr.routing.products import ExactFp32
+from seqr.routing.scores import choose
 
 
 class SeqrRouter(ScoreRouter):
@@ -30,7 +32,10 @@ class SeqrRouter(ScoreRouter):
         self._offset = (statistics.mu / sigma).masked_fill(~usable, torch.nan).to(torch.float32)
         self._columns: list[Columns] = []
         self._truth: list[Truth] = []
-        if pool.shared:
+        self._usable = usable
+        self._statistics = Statistics(statistics.mu, sigma)
+        self._all_in_fp64 = bool(pool.a) and pool.shared and len(pool) <= FEW and pool.a[0].device.type != "cpu"
+        if pool.shared and not self._all_in_fp64:
             missing = -len(pool) % 64
             for module in range(len(pool.a)):
                 r = r_factors(pool, module).to(torch.float32)
@@ -54,9 +59,26 @@ class SeqrRouter(ScoreRouter):
         return self._squared(activation).sqrt() - self._offset[activation.module]
 
     def mixture(self, activation: Activation) -> Mixture:
+        module = activation.module
+        if self._all_in_fp64:
+            mu, sigma = self._statistics.mu[module], self._statistics.sigma[module]
+            allowed = self.batch.allowed & self._usable[module]
+            return Mixture.of_one(choose_in_fp64(activation.z, r_factors(self.pool, module), mu, sigma, allowed))
         if not self._columns:
             return super().mixture(activation)
-        module = activation.module
         with ExactFp32(activation.x.device.type):
             column = route_activations(activation.z, self._columns[module], self._gate, self._truth[module])
         return Mixture.of_one(column)
+
+
+def choose_in_fp64(
+    z: torch.Tensor, r: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
+    """The allowed column of largest (||R_i z|| - mu_i) / sigma_i, all of them in fp64 -> int64 [T], -1 for none.
+
+    z fp32 [T, r]; r fp64 [N, r, r]; mu, sigma fp64 [N]; allowed bool [T, N]. For few adapters on a GPU, where finding
+    out for which tokens fp32 is not enough takes longer than fp64 for all.
+    """
+    norms = torch.einsum("tj,nij->tni", z.to(torch.float64), r).square().sum(2).sqrt()
+    score = (norms - mu) / sigma
+    return choose(score, allowed & torch.isfinite(score))

@@ -12,6 +12,7 @@ import typer
 
 from seqr.bench.base_model import model_directory
 from seqr.bench.errors import BenchFolderTaken, BenchInterrupted, BenchOptionInvalid
+from seqr.bench.paper.merging import take_over
 from seqr.canonical import canonical_json, sha256_hex
 from seqr.smollm2 import default_cache_dir
 
@@ -34,6 +35,8 @@ class Run:
     every: bool
     threads: int
     device: str
+    seeds: tuple[int, ...] = ()
+    until: float | None = None
 
 
 def paper(
@@ -54,6 +57,10 @@ def paper(
     encoder: Annotated[str, typer.Option(help="sentence-transformers model for LORAUTER.")] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0 for one per core, at most 8.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train and measure: cpu, cuda, cuda:1.")] = "cpu",
+    every: Annotated[bool, typer.Option("--every", help="What explains, for every seed, as with --full.")] = False,
+    only_seeds: Annotated[str, typer.Option(help="Which of the run's seeds, in which order: 1,2,0.")] = "",
+    seconds: Annotated[int, typer.Option(help="Begin nothing new after so long; the same command goes on.")] = 0,
+    take: Annotated[Path | None, typer.Option(help="Take over results from this folder of the same run.")] = None,
     report_only: Annotated[bool, typer.Option("--report", help="Only write the report of what is there.")] = False,
 ) -> None:
     """Reproduce the SEQR paper's experiments and compare every router on the same adapters.
@@ -63,9 +70,12 @@ def paper(
     """
     if quick and full:
         raise BenchOptionInvalid("--quick and --full exclude each other")
-    if workers < 0:
-        raise BenchOptionInvalid(f"--workers must not be negative, got {workers}")
-    used = "" if report_only else _device_name(device)
+    began = time.time()
+    for name, value in (("workers", workers), ("seconds", seconds)):
+        if value < 0:
+            raise BenchOptionInvalid(f"--{name} must not be negative, got {value}")
+    if not report_only:
+        _check_device(device)
     from seqr.bench.paper.tasks import known_tasks
     from seqr.bench.paper.workbench import Settings
     from seqr.models import inspect_base_model
@@ -83,32 +93,52 @@ def paper(
         encoder=encoder,
     )
     threads = max(1, (os.cpu_count() or 1) // count)
-    run = Run(model_directory(model, cache), data, out, cache / "bench/adapters", settings, full, threads, device)
+    run = Run(
+        model_directory(model, cache), data, out, cache / "bench/adapters", settings, every or full, threads, device,
+        _some_seeds(only_seeds, settings.seeds), began + seconds if seconds else None,
+    )  # fmt: skip
     # Before any process is started: what is wrong with data, model or folder is said once.
     data_digest = _check_data(run)
     digest = inspect_base_model(run.model, "attention").digest
-    identity = {"model": digest, "data": data_digest} | ({"device": used} if used else {})
-    claim_folder(out, identity | asdict(settings))
+    identity = {"model": digest, "data": data_digest} | asdict(settings)
+    if take is not None:
+        check_folder(take, identity, "choose another folder for --take, or repeat that run's options")
+        _check_named(take)
+    claim_folder(out, identity)
+    if take is not None:
+        take_over(take, out, run.seeds, settings.seeds[0], print)
     if not report_only:
         _work_together(run, count)
     from seqr.bench.paper.report import write_report
 
-    device_used = json.loads((out / RUN_NOTE).read_bytes()).get("device", "cpu")
-    print(f"report: {write_report(bench_of(run), out, device_used)}")
+    print(f"report: {write_report(bench_of(run), out)}")
 
 
 def claim_folder(out: Path, identity: dict[str, Any]) -> None:
     """Make ``out`` the folder of one run, or raise ``BenchFolderTaken``: answers to other questions must not mix."""
-    note, mine = out / RUN_NOTE, canonical_json(identity)
+    note = out / RUN_NOTE
     if not note.exists():
         out.mkdir(parents=True, exist_ok=True)
-        note.write_bytes(mine)
-    theirs = json.loads(note.read_bytes())
-    differs = [key for key, value in json.loads(mine).items() if theirs.get(key) != value]
+        note.write_bytes(canonical_json(identity))
+    check_folder(out, identity, "choose another --out, or repeat that run's options")
+
+
+def check_folder(folder: Path, identity: dict[str, Any], advice: str) -> None:
+    """Raise ``BenchFolderTaken`` unless ``folder`` is that of a run on this data and model with these options."""
+    try:
+        theirs = json.loads((folder / RUN_NOTE).read_bytes())
+    except (OSError, ValueError):
+        raise BenchFolderTaken(f"{folder} is no folder of a run: it has no {RUN_NOTE} that can be read") from None
+    differs = [key for key, value in json.loads(canonical_json(identity)).items() if theirs.get(key) != value]
     if differs:
-        raise BenchFolderTaken(
-            f"{out} holds a run with another {', '.join(differs)}; choose another --out, or repeat that run's options"
-        )
+        raise BenchFolderTaken(f"{folder} holds a run with another {', '.join(differs)}; {advice}")
+
+
+def _check_named(folder: Path) -> None:
+    """Raise ``BenchFolderTaken`` for a GPU's results of a version that did not write the GPU's name into each."""
+    device = json.loads((folder / RUN_NOTE).read_bytes()).get("device", "cpu")
+    if device != "cpu":
+        raise BenchFolderTaken(f"{folder} does not say result by result what it was measured on: {device}")
 
 
 def bench_of(run: Run) -> "Workbench":
@@ -127,8 +157,12 @@ def work(run: Run) -> None:
     from seqr.bench.paper.units import work_through
 
     with torch.device(run.device):
-        units = Plan(bench_of(run), run.every).units()
-        work_through(units, run.out / "claims", lambda line: print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True))
+        units = Plan(bench_of(run), run.every, run.seeds).units()
+        work_through(units, run.out / "claims", _say, until=run.until)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
 def _work_in_child(run: Run) -> None:
@@ -159,8 +193,17 @@ def _work_together(run: Run, count: int) -> None:
         )
 
 
-def _device_name(device: str) -> str:
-    """What the report calls a device. Raises ``BenchOptionInvalid`` for one that cannot be used."""
+def _some_seeds(only: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The seeds named in ``only``, in that order, all where it is empty. Raises ``BenchOptionInvalid``."""
+    chosen = only.split(",") if only else [str(seed) for seed in seeds]
+    known = {str(seed): seed for seed in seeds}
+    if unknown := [name for name in chosen if name not in known]:
+        raise BenchOptionInvalid(f"--only-seeds: there is no seed {unknown[0]!r}; the seeds are {', '.join(known)}")
+    return tuple(known[name] for name in chosen)
+
+
+def _check_device(device: str) -> None:
+    """Raise ``BenchOptionInvalid`` for a device that cannot be used."""
     import torch
 
     try:
@@ -168,7 +211,6 @@ def _device_name(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BenchOptionInvalid(f"--device {device} cannot be used here: {reason}") from None
-    return device if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _check_data(run: Run) -> str:

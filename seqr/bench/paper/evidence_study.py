@@ -112,7 +112,8 @@ def chosen(value: torch.Tensor, forbidden: int | None = None, threshold: float |
     best, column = value.max(1)
     if threshold is not None:
         column = column.masked_fill(best <= threshold, -1)
-    return [int(c) for c in column]
+    columns: list[int] = column.tolist()
+    return columns
 
 
 # Rules by which a whole prompt decides: the product's; with all words alike; and over the first third of the modules,

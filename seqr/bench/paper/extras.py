@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from seqr.bench.machine import device_name
 from seqr.bench.paper.distractors import distractor_study
 from seqr.bench.paper.evidence_study import ABLATIONS, RULES, Variant, chosen, evidence
 from seqr.bench.paper.maximising import maximiser_shares
@@ -36,7 +37,8 @@ class Extras:
         read_all = (f"public/{seed}", *(f"{kind}/{seed}/{task}" for kind in ("own", "read") for task in tasks))
         answered = tuple(self.m.answer_name(router, task, seed) for router in ("oracle", "base") for task in tasks)
         trained = tuple(f"train/{seed}/{task}/unique" for task in tasks)
-        passes = float(self.bench.test_tokens)
+        texts = (f"texts/tasks/{seed}", *(f"texts/test/{task}" for task in tasks))
+        passes = float(sum(self.bench.test_tokens(task) for task in tasks))
         return [
             ("ablations", 1_000, read_all),
             ("norms", 1_000, read_all),
@@ -44,7 +46,7 @@ class Extras:
             ("distractors", passes / 2, (*read_all, *answered)),
             ("forbidden", passes, (*read_all, *answered)),
             ("noise", passes, (*read_all, *answered)),
-            *((f"regime-{name}", 1.5 * passes, (*read_all, *answered)) for name in REGIMES),
+            *((f"regime-{name}", 1.5 * passes, (*read_all, *answered, *texts)) for name in REGIMES),
             ("unique-norms", 30_000, trained),
         ]
 
@@ -82,6 +84,7 @@ class Extras:
                 "share": [float(column == own) for column in columns],
                 "predicted": predicted,
                 "columns": columns,
+                "device": device_name(),
             }
             self.bench.store.keep(name, value)
         return dict(value)

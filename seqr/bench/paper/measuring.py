@@ -1,12 +1,13 @@
 """The measurements of a run, each made once and kept by name: training, calibration, reading, answers."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from seqr.bench.encoder import sentence_encoder
+from seqr.bench.machine import device_name
 from seqr.bench.paper.reading import Norms, read
 from seqr.bench.paper.routed import Outcome, averaged, run, with_columns
 from seqr.bench.paper.scoring import answers
@@ -16,7 +17,7 @@ from seqr.routers.arrow import ArrowRouter
 from seqr.routers.evidence import EvidenceRouter
 from seqr.routers.interface import Router
 from seqr.routers.lag import LagRouter
-from seqr.routers.lorauter import LorauterRouter, task_vector
+from seqr.routers.lorauter import Encoder, LorauterRouter, task_vector
 from seqr.routers.norms import Spectrum
 from seqr.routers.seqr import SeqrRouter
 from seqr.routers.spectr import SpectrRouter
@@ -33,6 +34,7 @@ class Measuring:
     def __init__(self, bench: Workbench):
         self.bench = bench
         self.store = bench.store
+        self._known: dict[str, torch.Tensor] = {}
 
     # -- calibration ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +98,7 @@ class Measuring:
             gold = [e.gold for e in self.bench.test_examples(task)]
             right = [int(p == g) for p, g in zip(outcome.predicted, gold, strict=True)]
             value = {"right": right, "share": [round(s, 4) for s in outcome.share], "predicted": outcome.predicted}
+            value["device"] = device_name()
             self.store.keep(name, value)
         return dict(value)
 
@@ -135,6 +138,8 @@ class Measuring:
         if router in ("oracle", "unique_oracle"):
             pool = bench.pool(seed, router == "oracle")
             return Outcome(with_columns(bench.model, pool, examples, [own] * rows, bench.pad_token), [1.0] * rows)
+        if router == "lorauter":
+            self.remember(task)
         if router == "mu":
             predicted = with_columns(bench.model, averaged(bench.pool(seed)), examples, [0] * rows, bench.pad_token)
             return Outcome(predicted, [1.0 / len(bench.pool(seed))] * rows)
@@ -165,19 +170,43 @@ class Measuring:
         """The singular values and vectors of a seed's adapters."""
         return Spectrum(self.bench.pool(seed))
 
-    def encoder(self, texts: Sequence[str]) -> torch.Tensor:
+    # -- what LORAUTER reads -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sentences(self) -> Encoder:
         """LORAUTER's sentence encoder, loaded when it is first needed."""
-        if not hasattr(self, "_encoder"):
-            self._encoder = sentence_encoder(self.bench.settings.encoder)
-        return self._encoder(texts)
+        return sentence_encoder(self.bench.settings.encoder)
+
+    def prompts(self, task: str) -> torch.Tensor:
+        """The embeddings of a task's test prompts: fp32 [rows, d]."""
+        examples = self.bench.test_examples(task)
+        return self._texts(f"texts/test/{task}", lambda: self.sentences([e.text for e in examples]))
+
+    def remember(self, task: str) -> None:
+        """Make the embeddings of a task's test prompts known to ``encoder``."""
+        texts = [e.text for e in self.bench.test_examples(task)]
+        self._known |= dict(zip(texts, self.prompts(task), strict=True))
+
+    def encoder(self, texts: Sequence[str]) -> torch.Tensor:
+        """The embeddings fp32 [S, d] of test prompts of tasks that ``remember`` has been given."""
+        return torch.stack([self._known[text] for text in texts])
 
     @lru_cache(maxsize=4)  # noqa: B019
     def task_vectors(self, seed: int) -> dict[str, torch.Tensor]:
         """The task vector of every task, from the prompts of its training rows."""
-        return {
-            task: task_vector(self.encoder, [e.text for e in self.bench.train_examples(task, seed)])
-            for task in self.bench.settings.tasks
-        }
+
+        def all_tasks() -> torch.Tensor:
+            rows = (self.bench.train_examples(task, seed) for task in self.bench.settings.tasks)
+            return torch.stack([task_vector(self.sentences, [e.text for e in examples]) for examples in rows])
+
+        return dict(zip(self.bench.settings.tasks, self._texts(f"texts/tasks/{seed}", all_tasks), strict=True))
+
+    def _texts(self, name: str, embed: Callable[[], torch.Tensor]) -> torch.Tensor:
+        tensors = self.store.arrays(name)
+        if tensors is None:
+            tensors = {"embeddings": embed()}
+            self.store.keep_arrays(name, tensors)
+        return tensors["embeddings"]
 
 
 def _pool(seed: int, shared: bool) -> str:

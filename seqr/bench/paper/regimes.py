@@ -26,6 +26,7 @@ def regime(measuring: Measuring, seed: int, name: str) -> dict[str, Any]:
         permitted = torch.ones(len(examples), len(bench.pool(seed)), dtype=torch.bool)
         permitted[:, own] = False
         router: Router
+        measuring.remember(task)
         if name == "lorauter-semi":
             substitute = find_substitute(measuring, seed, task)
             out["substitutes"][task] = substitute

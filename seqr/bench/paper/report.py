@@ -25,9 +25,10 @@ LABELS = {
 Section = Callable[[Summary], list[str]]
 
 
-def write_report(bench: Workbench, out: Path, device: str) -> Path:
-    """Write all three to ``out``; returns the report's path. device: what the run was measured on, by name."""
-    summary = Summary(bench, device)
+def write_report(bench: Workbench, out: Path) -> Path:
+    """Write all three to ``out``; returns the report's path."""
+    note = out / "run.json"
+    summary = Summary(bench, json.loads(note.read_bytes()).get("device", "cpu") if note.exists() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(summary.as_json(), indent=1) + "\n", "utf-8")
     figures = write_figures(summary, out)
@@ -50,19 +51,34 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _setting(s: Summary) -> list[str]:
     recipe = s.settings.recipe
-    told = ("processor", "cores", "memory", "vector instructions", "torch")
-    here = ", ".join(f"{key} {value}" for key, value in describe_machine().items() if key in told)
-    machine = f"{here}, no GPU used" if s.device == "cpu" else f"trained and measured on one {s.device}"
     return [
         f"Base model {s.model_name}; {len(s.tasks)} tasks, {s.settings.train_rows} training and {s.settings.test_rows} "
         f"test rows each, sequences of at most {s.settings.max_tokens} tokens; seeds {list(s.settings.seeds)}. "
         f"LoRA on the attention Linears, r = {recipe.rank}, alpha = {recipe.alpha:g}, {recipe.epochs} epoch(s) of "
-        f"batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, cosine. Machine: {machine}.",
+        f"batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, cosine. {_machines(s)}",
         "",
         "Accuracy is that of the label word of largest log-likelihood (hellaswag: the ending, per byte). Intervals are "
         "95%. p: paired sign-flip permutation test over test rows, 20,000 draws, against evidence of the prompt.",
         *_gaps(s),
     ]
+
+
+def _machines(s: Summary) -> str:
+    """Which device trained the adapters of each seed and measured its answers."""
+    told = ("processor", "cores", "memory", "vector instructions", "torch")
+    here = ", ".join(f"{key} {value}" for key, value in describe_machine().items() if key in told)
+    of_device: dict[str, list[int]] = {}
+    for seed, devices in s.devices().items():
+        trained, measured = (" and ".join(_named(d) for d in devices[part]) for part in ("trained", "measured"))
+        same = devices["trained"] == devices["measured"]
+        text = f"trained and measured on {trained}" if same else f"trained on {trained}, measured on {measured}"
+        of_device.setdefault(text, []).append(seed)
+    parts = [f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} {text}" for text, seeds in of_device.items()]
+    return f"Machines: {'; '.join(parts) or 'nothing measured yet'}. This report was written on: {here}."
+
+
+def _named(device: str) -> str:
+    return "a CPU" if device == "cpu" else f"one {device}"
 
 
 def _gaps(s: Summary) -> list[str]:

@@ -39,16 +39,16 @@ class Watching(Router):
         super().begin(batch)
         self._router.begin(batch)
         self.weight = torch.zeros(batch.lengths.shape[0], len(self.pool) + 1)
+        self._speaks = batch.speaks.to(torch.float32)[:, None]
 
     def read(self, activation: Activation) -> None:
         self._router.read(activation)
 
     def mixture(self, activation: Activation) -> Mixture:
         mixture = self._router.mixture(activation)
-        speaks = self.batch.speaks
-        of_token = torch.zeros(len(speaks), len(self.pool) + 1)
+        of_token = torch.zeros(len(self._speaks), len(self.pool) + 1)
         of_token.scatter_add_(1, mixture.columns + 1, mixture.weights.to(of_token.dtype))
-        self.weight.index_add_(0, self.batch.sequence[speaks], of_token[speaks])
+        self.weight.index_add_(0, self.batch.sequence, of_token.mul_(self._speaks))
         return mixture
 
     def shares(self) -> torch.Tensor:

@@ -26,20 +26,26 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
 
     def adapter(self, recipe: dict[str, Any], train: Callable[[], Factors]) -> Factors:
-        """The adapter that ``recipe`` describes, trained now if it is not here yet."""
-        file = self._adapter_file(recipe)
-        if file.exists():
-            tensors = _load(file)
-            modules = dict.fromkeys(name.removesuffix(".a").removesuffix(".b") for name in tensors)
-            return {m: LoraFactors(tensors[f"{m}.a"], tensors[f"{m}.b"]) for m in modules}
-        factors = train()
+        """The adapter that ``recipe`` describes, on the CPU, trained now if it is not here yet."""
+        digest = adapter_digest(recipe)
+        if (kept := self.kept_adapter(digest)) is not None:
+            return kept
+        factors = {module: LoraFactors(f.a.cpu(), f.b.cpu()) for module, f in train().items()}
         parts = {f"{m}.{k}": v.contiguous() for m, f in factors.items() for k, v in (("a", f.a), ("b", f.b))}
-        _whole(file, lambda partial: save_file(parts, partial))
+        _whole(self._adapter_file(digest), lambda partial: save_file(parts, partial))
         return factors
 
-    def has_adapter(self, recipe: dict[str, Any]) -> bool:
-        """Whether ``adapter`` would have nothing to train."""
-        return self._adapter_file(recipe).exists()
+    def kept_adapter(self, digest: str) -> Factors | None:
+        """The adapter of an ``adapter_digest``, or None."""
+        if not self.has_adapter(digest):
+            return None
+        tensors = load_file(self._adapter_file(digest))
+        modules = dict.fromkeys(name.removesuffix(".a").removesuffix(".b") for name in tensors)
+        return {m: LoraFactors(tensors[f"{m}.a"], tensors[f"{m}.b"]) for m in modules}
+
+    def has_adapter(self, digest: str) -> bool:
+        """Whether ``kept_adapter`` has it."""
+        return self._adapter_file(digest).exists()
 
     def result(self, name: str) -> Any:
         """The JSON value stored under ``name``, or None."""
@@ -70,8 +76,13 @@ class Store:
         parts = {key: tensor.contiguous() for key, tensor in tensors.items()}
         _whole(self.results / f"{name}.safetensors", lambda partial: save_file(parts, partial))
 
-    def _adapter_file(self, recipe: dict[str, Any]) -> Path:
-        return self.adapters / f"{sha256_hex(canonical_json(recipe))[:32]}.safetensors"
+    def _adapter_file(self, digest: str) -> Path:
+        return self.adapters / f"{digest}.safetensors"
+
+
+def adapter_digest(recipe: dict[str, Any]) -> str:
+    """By what an adapter is kept: 32 hex digits."""
+    return sha256_hex(canonical_json(recipe))[:32]
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from seqr.bench.paper.comparing import Float64, bootstrap_interval, paired_p, wilson
 from seqr.bench.paper.flops import paper_table
-from seqr.bench.paper.workbench import Workbench
+from seqr.bench.paper.workbench import Workbench, training_name
 
 COMPARED = (
     "base",
@@ -52,8 +52,9 @@ class Row:
 class Summary:
     """Reads the store of a run; what is missing is left out, never guessed."""
 
-    def __init__(self, bench: Workbench, device: str):
-        self.device = device
+    def __init__(self, bench: Workbench, unnamed: str = "cpu"):
+        """unnamed: the device of results that do not say which one they were measured on, as old ones do not."""
+        self._unnamed = unnamed
         self.settings = bench.settings
         self.tasks = bench.settings.tasks
         self.store = bench.store
@@ -68,6 +69,22 @@ class Summary:
             if value is None:
                 return None
             out[task] = np.asarray(value["right"], dtype=np.float64)
+        return out
+
+    def devices(self) -> dict[int, dict[str, list[str]]]:
+        """By seed, the devices that "trained" its adapters and that its answers were "measured" on, where any was."""
+        out: dict[int, dict[str, list[str]]] = {}
+        for seed in self.settings.seeds:
+            trained, measured = set(), set()
+            for task in self.tasks:
+                for router in (*COMPARED[1:], "unique_oracle"):
+                    if (value := self._answered(router, seed, task)) is not None:
+                        measured.add(value.get("device", self._unnamed))
+                for shared in (True, False):
+                    if (value := self.store.result(training_name(task, seed, shared))) is not None:
+                        trained.add(value["device"])
+            if measured:
+                out[seed] = {"trained": sorted(trained or measured), "measured": sorted(measured)}
         return out
 
     def seeds(self, router: str) -> list[int]:
@@ -103,7 +120,7 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         """Everything, for ``results.json``; of single rows' answers their accuracy."""
         return {
-            "device": self.device, "model": self.model_name, "model_digest": self.base_digest,
+            "devices": self.devices(), "model": self.model_name, "model_digest": self.base_digest,
             "tasks": list(self.tasks), "seeds": list(self.settings.seeds), "train_rows": self.settings.train_rows,
             "test_rows": self.settings.test_rows, "max_tokens": self.settings.max_tokens,
             "recipe": self.settings.recipe.described(), "table3": [vars(row) for row in self.main_table()],

@@ -86,11 +86,14 @@ def _fit(adapted: Any, examples: Sequence[Example], pad_token: int, recipe: Reci
     order = random.Random(seed)
     plan = [batch for _ in range(recipe.epochs) for batch in batches(examples, recipe.batch_size, order)]
     learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=recipe.learning_rate, weight_decay=0.0)
+    # Fused, it counts its steps on a GPU; else it would ask for every parameter's count in every step.
+    fused = learning[0].is_cuda or None
+    optimizer = torch.optim.AdamW(learning, lr=recipe.learning_rate, weight_decay=0.0, fused=fused)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(recipe.warmup * len(plan))), len(plan))
     adapted.train()
-    for batch in plan:
-        loss = answer_loss(adapted.get_base_model(), batch, pad_token)
+    model = adapted.get_base_model()
+    for lesson in [Lesson.of(batch, pad_token) for batch in plan]:  # all on the device before the first step
+        loss = answer_loss(model, lesson)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
@@ -99,16 +102,30 @@ def _fit(adapted: Any, examples: Sequence[Example], pad_token: int, recipe: Reci
     adapted.eval()
 
 
-def answer_loss(model: Any, batch: Sequence[Example], pad_token: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class Lesson:
+    """One batch of training rows on its device.
+
+    ids int64 [S, L]; rows, columns int64 [K]: from where in ids each of the answers' K tokens is predicted.
+    """
+
+    layout: Batch
+    ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Sequence[Example], pad_token: int) -> "Lesson":
+        """The rows' prompts with their right answers."""
+        sequences = [e.prompt + e.candidates[e.gold] for e in batch]
+        layout, ids = Batch.of(sequences, 0, pad_token, [len(e.prompt) for e in batch])
+        places = [(i, p - 1) for i, e in enumerate(batch) for p in range(len(e.prompt), len(sequences[i]))]
+        rows, columns = (torch.tensor(index) for index in zip(*places, strict=True))
+        return cls(layout, ids, rows, columns)
+
+
+def answer_loss(model: Any, lesson: Lesson) -> torch.Tensor:
     """The mean negative log-likelihood of the answers' tokens, with the output head on their positions only."""
-    sequences = [e.prompt + e.candidates[e.gold] for e in batch]
-    layout, ids = Batch.of(sequences, 0, pad_token, [len(e.prompt) for e in batch])
-    hidden = hidden_states(model, ids, layout)
-    rows, columns = (
-        torch.tensor(index)
-        for index in zip(
-            *((i, p - 1) for i, e in enumerate(batch) for p in range(len(e.prompt), len(sequences[i]))), strict=True
-        )
-    )
-    logits = model.get_output_embeddings()(hidden[rows, columns])
-    return F.cross_entropy(logits.float(), ids[rows, columns + 1])
+    hidden = hidden_states(model, lesson.ids, lesson.layout)
+    logits = model.get_output_embeddings()(hidden[lesson.rows, lesson.columns])
+    return F.cross_entropy(logits.float(), lesson.ids[lesson.rows, lesson.columns + 1])

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seqr.bench.errors import BenchOptionInvalid
-from seqr.bench.paper.store import Store
+from seqr.bench.errors import BenchAdapterMissing, BenchOptionInvalid
+from seqr.bench.machine import device_name
+from seqr.bench.paper.store import Store, adapter_digest
 from seqr.bench.paper.tasks import Example, known_tasks, read_rows, sample
 from seqr.bench.paper.training import Recipe, train_adapter
 from seqr.canonical import canonical_json, sha256_hex
@@ -43,6 +44,11 @@ class Settings:
             )
 
 
+def training_name(task: str, seed: int, shared: bool) -> str:
+    """Under which name a run keeps which adapter it has, by digest, and the device that trained it."""
+    return f"train/{seed}/{task}/{'shared' if shared else 'unique'}"
+
+
 class Workbench:
     """Loads the model once, to torch's default device, where everything is then measured.
 
@@ -69,14 +75,10 @@ class Workbench:
         """The test rows of a task, the same for every seed."""
         return self._examples(task, "test", self.settings.test_rows, TEST_SEED)
 
-    @cached_property
-    def test_tokens(self) -> int:
-        """How many tokens one pass over all test prompts and answers takes, for estimates."""
-        return sum(
-            sum(len(e.prompt) + len(c) for c in (e.candidates if len(e.candidates[0]) > 1 else e.candidates[:1]))
-            for task in self.settings.tasks
-            for e in self.test_examples(task)
-        )
+    def test_tokens(self, task: str) -> int:
+        """About how many tokens one pass over a task's test prompts and answers takes, for estimates."""
+        passes = 4 if known_tasks()[task].endings else 1
+        return passes * self.settings.test_rows * self.settings.max_tokens
 
     def recipe_of(self, task: str, seed: int, shared: bool) -> dict[str, Any]:
         """Everything that decides the bytes of an adapter."""
@@ -93,20 +95,40 @@ class Workbench:
         """The adapter of a task: with the A that all tasks of this seed share, or with an A of its own that learned."""
         # An A of its own is drawn for the task; a shared one for the seed alone.
         draw = seed if shared else 1000 * (seed + 1) + list(known_tasks()).index(task)
-        return self.store.adapter(
-            self.recipe_of(task, seed, shared),
+        name = training_name(task, seed, shared)
+        if known := self.store.result(name):
+            if (kept := self.store.kept_adapter(known["adapter"])) is not None:
+                return kept
+            if known["device"] == device_name():
+                known = None  # lost, and trained again as it was
+        if known:
+            raise BenchAdapterMissing(
+                f"the adapter of {task}, seed {seed}, was trained on {known['device']} and is not here: copy "
+                f"{known['adapter']}.safetensors to {self.store.adapters}, or leave the seed out with --only-seeds"
+            )
+        recipe = self.recipe_of(task, seed, shared)
+        factors = self.store.adapter(
+            recipe,
             lambda: train_adapter(
                 self.model, self.modules, self.train_examples(task, seed), self.pad_token, self.settings.recipe, draw,
                 shared,
             ),
         )  # fmt: skip
+        self.store.keep(name, {"adapter": adapter_digest(recipe), "device": device_name()})
+        return factors
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one workbench per process
+    def is_trained(self, task: str, seed: int, shared: bool) -> bool:
+        """Whether this run has an adapter, and its file is here."""
+        known = self.store.result(training_name(task, seed, shared))
+        return known is not None and self.store.has_adapter(known["adapter"])
+
+    @lru_cache(maxsize=3)  # noqa: B019 - one workbench per process
     def pool(self, seed: int, shared: bool = True) -> AdapterPool:
-        """The adapters of all tasks for a seed, in the order of the tasks."""
-        return AdapterPool(
-            {task: self.adapter(task, seed, shared) for task in self.settings.tasks}, tuple(self.modules)
-        )
+        """The adapters of all tasks for a seed, in the order of the tasks, on torch's default device."""
+        adapters = {task: self.adapter(task, seed, shared) for task in self.settings.tasks}
+        with torch.device("cpu"):
+            pool = AdapterPool(adapters, tuple(self.modules))
+        return pool.to(torch.get_default_device())
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _examples(self, task: str, split: str, count: int, seed: int) -> list[Example]:

@@ -65,6 +65,8 @@ def test_a_run_writes_every_table_and_figure_and_goes_on_where_it_was(
         (["--tasks", "sst2,nope"], "there is no task nope; the tasks are ag_news, cola"),
         (["--tasks", "sst2"], "at least two tasks, one seed"),
         (["--workers", "-1"], "--workers must not be negative, got -1"),
+        (["--seconds", "-1"], "--seconds must not be negative, got -1"),
+        (["--only-seeds", "0,4"], "--only-seeds: there is no seed '4'; the seeds are 0"),
         (["--device", "nope"], "--device nope cannot be used here: "),
         (["--distractors", "0"], "one distractor and 16 tokens are needed"),
         (["--tasks", "sst2,mnli"], "mnli/train.jsonl is not there; --data names a folder"),

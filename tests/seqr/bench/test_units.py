@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from seqr.bench.paper.units import Unit, claimed, work_through
@@ -55,6 +57,22 @@ def test_a_claim_keeps_others_out_and_ends_with_its_block(tmp_path: Path) -> Non
         assert mine and not again
     with claimed(tmp_path, "x") as mine:
         assert mine
+
+
+def test_a_preparation_is_done_only_for_a_unit_that_needs_it(tmp_path: Path) -> None:
+    a, b, c, *_ = units_of(tmp_path)
+    (tmp_path / "c").touch()
+    units = [replace(a, preparation=True), replace(b, preparation=True), c]
+    work_through(units, tmp_path / "claims", lambda _line: None)
+    assert not (tmp_path / "log").exists()
+    (tmp_path / "c").unlink()
+    work_through(units, tmp_path / "claims", lambda _line: None)
+    assert done(tmp_path) == list("abc")
+
+
+def test_nothing_is_begun_after_the_time_is_over(tmp_path: Path) -> None:
+    work_through(units_of(tmp_path), tmp_path / "claims", lambda _line: None, until=time.time() - 1)
+    assert not (tmp_path / "log").exists()
 
 
 def test_every_line_says_what_is_left(tmp_path: Path) -> None:
