@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=["conformance", "speed"], default=["conformance", "speed"])
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU; no time is judged")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--compiled", action="store_true", help="the kernels were compiled by an earlier run")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:
@@ -259,7 +260,7 @@ def main() -> int:
         "speed": [],
     }
     began = time.monotonic()
-    compiling = warming(options) if "speed" in options.only and not options.tiny else []
+    compiling = warming(options) if "speed" in options.only and not (options.tiny or options.compiled) else []
     if "conformance" in options.only:
         found["conformance"] = conformance(options)
     for process in compiling:
