@@ -22,7 +22,6 @@ from inference_gateway.engine.base import AdapterKey, Failed, GenerationRequest,
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
 from inference_gateway.permissions import Permissions
 from policy.db import create_engine_for, upgrade
-from policy.reader import PolicyReader
 from policy.store import PolicyStore
 from seqr.adapter import Adapter
 from seqr.bench.gateway.shelf import bench_plan, random_adapter
@@ -125,7 +124,7 @@ async def main() -> None:
         url = f"sqlite:///{folder}/policy.db"
         upgrade(url)
         database = create_engine_for(url)
-        store, permissions = PolicyStore(database), Permissions(PolicyReader(database))
+        store, permissions = PolicyStore(database), Permissions(database)
         store.add_silo(SILO, actor=ACTOR, reason=REASON)
         for index in range(options.streams):
             store.create_user(f"user{index}", actor=ACTOR, reason=REASON)

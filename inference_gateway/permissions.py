@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from sqlalchemy import Engine
+
 from inference_gateway.engine.base import Failed
 from policy.decision import Decision
 from policy.errors import NotAllowed, NotAuthenticated, PolicyError
@@ -45,20 +47,22 @@ class Permissions:
     A request that is lost stays lost until it is over, even when the silo is granted again meanwhile: the engine may
     not have it in a batch yet. When the policy cannot be read, every request is lost.
 
-    ``guards``: a reader for ``withdrawn`` alone, so that the engine's steps never queue behind those who knock.
+    ``withdrawn`` reads over a connection of its own, so that the engine's steps never queue behind those who knock.
     """
 
     def __init__(
-        self,
-        reader: PolicyReader,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        guards: PolicyReader | None = None,
+        self, database: Engine, pepper: bytes | None = None, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     ):
-        self._reader = reader
-        self._guards = guards or reader
+        self._reader = PolicyReader(database, pepper)
+        self._guards = PolicyReader(database)
         self._clock = clock
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
+
+    def close(self) -> None:
+        """Give both connections back."""
+        self._reader.close()
+        self._guards.close()
 
     def authenticate(self, presented: str, scope: str = "chat") -> Principal:
         """Whose key this is. Raises KeyUnknown, KeyRevoked, KeyExpired, UserDisabled or ScopeMissing."""

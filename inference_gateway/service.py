@@ -28,7 +28,6 @@ from inference_gateway.tracing import Tracing, tracing_of
 from inference_gateway.turns import Turns
 from policy.db import create_engine_for
 from policy.keys import load_pepper
-from policy.reader import PolicyReader
 from seqr.canonical import canonical_json, sha256_hex
 from seqr.errors import SeqrError
 from seqr.frame import ChatFrame
@@ -88,9 +87,7 @@ class Service:
         self._sealing_key = SealingKey.load(settings.sealing_key_file)
         self._signing_key = SigningKey.load(settings.signing_key_file)
         self._database = create_engine_for(settings.policy_database_url)
-        self._reader = PolicyReader(self._database, load_pepper(settings.policy_pepper_file))
-        self._guards_reader = PolicyReader(self._database)
-        self.permissions = Permissions(self._reader, guards=self._guards_reader)
+        self.permissions = Permissions(self._database, load_pepper(settings.policy_pepper_file))
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics)
         self.metrics.watch(self)
@@ -113,8 +110,7 @@ class Service:
         await self._client.aclose()
         if self.oidc is not None:
             await self.oidc.aclose()
-        self._reader.close()
-        self._guards_reader.close()
+        self.permissions.close()
         self._database.dispose()
         await asyncio.to_thread(self.tracing.stop)
 

@@ -11,7 +11,6 @@ from sqlalchemy import event
 
 from inference_gateway.permissions import Permissions
 from policy.db import create_engine_for, upgrade
-from policy.reader import PolicyReader
 from policy.store import PolicyStore
 
 HOW: dict[str, Any] = {"actor": "test", "reason": "a test"}
@@ -26,7 +25,7 @@ class Policy:
         upgrade(f"sqlite:///{path}")
         self.engine = create_engine_for(f"sqlite:///{path}")
         self.store = PolicyStore(self.engine, PEPPER)
-        self.permissions = Permissions(PolicyReader(self.engine, PEPPER), lambda: self.now)
+        self.permissions = Permissions(self.engine, PEPPER, lambda: self.now)
         self.store.create_user("alice", **HOW)
         for silo in ("alpha", "beta"):
             self.store.add_silo(silo, **HOW)
@@ -157,8 +156,7 @@ def test_the_engines_guard_does_not_wait_for_callers_who_are_being_looked_up(pol
             looked_up.set()
             go_on.wait(30)
 
-    guards = PolicyReader(policy.engine)
-    permissions = Permissions(PolicyReader(policy.engine, PEPPER), guards=guards)
+    permissions = policy.permissions
     with permissions.watching("r", policy.caller, policy.permissions.decide("alice"), frozenset(["alpha"])):
         event.listen(policy.engine, "before_cursor_execute", slow)
         with ThreadPoolExecutor(2) as threads:
@@ -169,7 +167,6 @@ def test_the_engines_guard_does_not_wait_for_callers_who_are_being_looked_up(pol
             finally:
                 go_on.set()
             assert knocking.result(30).user_id == "alice"
-    guards.close()
 
 
 def test_a_finished_request_is_forgotten(policy: Policy) -> None:

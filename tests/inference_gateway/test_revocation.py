@@ -11,7 +11,6 @@ from inference_gateway.engine.base import Event, Failed, GenerationRequest, Toke
 from inference_gateway.engine.transformers_engine import TransformersEngine
 from inference_gateway.permissions import Permissions
 from policy.db import create_engine_for, upgrade
-from policy.reader import PolicyReader
 from policy.store import PolicyStore
 from seqr.plan import Plan
 from tests.inference_gateway.support import OpenGuard, Resident, prompts, resident, serve
@@ -92,7 +91,7 @@ def test_after_a_change_of_policy_at_most_the_token_that_was_being_handed_over_a
     url = f"sqlite:///{tmp_path / 'policy.db'}"
     upgrade(url)
     database = create_engine_for(url)
-    store, permissions = PolicyStore(database, PEPPER), Permissions(PolicyReader(database, PEPPER))
+    store, permissions = PolicyStore(database, PEPPER), Permissions(database, PEPPER)
     store.create_user("alice", **HOW)
     key_id, secret = store.create_key("alice", ["chat"], **HOW)
     caller = permissions.authenticate(secret)
