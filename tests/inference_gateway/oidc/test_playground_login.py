@@ -8,19 +8,13 @@ from playwright.sync_api import Browser, expect
 
 from tests.inference_gateway.conftest import HOW, Running
 from tests.inference_gateway.oidc.provider import Provider
-from tests.inference_gateway.playground.browsing import CHROMIUM, Visit, chromium
+from tests.inference_gateway.playground.browsing import Visit, browser
 
 pytestmark = pytest.mark.xdist_group("browser")
 
+__all__ = ["browser"]
+
 QUESTION = "Where is the red boat?"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

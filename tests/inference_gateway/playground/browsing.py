@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
@@ -24,6 +25,15 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """For a module that imports it. No longer: while Playwright runs, its thread has an event loop, in others' way."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with chromium() as running:
+        yield running
 
 
 class Visit:

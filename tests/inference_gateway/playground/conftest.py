@@ -5,17 +5,10 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.inference_gateway.playground.browsing import CHROMIUM, Visit, Visiting, chromium
+from tests.inference_gateway.playground.browsing import Visit, Visiting, browser
 from tests.inference_gateway.playground.fake_gateway import KEY, FakeGateway, Served
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    # No longer than a module: while Playwright runs, this thread has an event loop that other tests would trip over.
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with chromium() as running:
-        yield running
+__all__ = ["browser"]
 
 
 @pytest.fixture(scope="module")
