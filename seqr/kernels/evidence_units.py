@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from seqr.kernels.numbers import ADAPTER_BLOCK, Pointer, Tile
-from seqr.kernels.route import Plan, summed
+from seqr.kernels.route import Tiling, summed
 from seqr.kernels.score_tile import (
     add_products,
     gram_terms,
@@ -34,17 +34,17 @@ def evidence_units(
     without it C = 0. z fp32 [P, T, M r], counts int8 [T].
     """
     tokens = z.shape[1]
-    plan = Plan.of(tokens, tables) if chunk is None else Plan.of_tiles(size, chunk.shape[1], tables)
-    z_sum = summed(z, plan.splits)
+    tiling = Tiling.of(tokens, tables) if chunk is None else Tiling.of_tiles(size, chunk.shape[1], tables)
+    z_sum = summed(z, tiling.splits)
     units = torch.empty(tables.modules, tokens, tables.adapters, dtype=torch.int32, device=z.device)
-    totals = units.new_empty(tables.modules, plan.tiles if chunk is not None else 0, tables.adapters)
+    totals = units.new_empty(tables.modules, tiling.tiles if chunk is not None else 0, tables.adapters)
     main, count, rest = steps(feature_count(tables.rank))
-    _units_kernel[(plan.tiles, plan.splits, tables.modules)](
+    _units_kernel[(tiling.tiles, tiling.splits, tables.modules)](
         z, z_sum, tables.gram_terms, tables.offset, counts if chunk is None else chunk, counts, units, totals, tokens,
-        plan.tiles, tables.adapters // ADAPTER_BLOCK.value, plan.per_split, z.stride(0), z.stride(1), PARTS=z.shape[0],
-        RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank), COLUMNS=tables.modules * tables.rank,
-        MAIN=main, STEPS=count, REST=rest, AHEAD=count == plan.per_split == 1, TILE=plan.tile,
-        CHUNKED=chunk is not None, num_warps=plan.warps, num_stages=plan.stages,
+        tiling.tiles, tables.adapters // ADAPTER_BLOCK.value, tiling.per_split, z.stride(0), z.stride(1),
+        PARTS=z.shape[0], RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
+        COLUMNS=tables.modules * tables.rank, MAIN=main, STEPS=count, REST=rest, AHEAD=count == tiling.per_split == 1,
+        TILE=tiling.tile, CHUNKED=chunk is not None, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return units, totals, z_sum[:1]
 

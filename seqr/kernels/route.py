@@ -32,7 +32,7 @@ _MOST_SPLITS = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """How programs share out T tokens and N / 64 blocks of adapters: S splits of ``per_split`` blocks."""
 
     tile: int
@@ -43,13 +43,13 @@ class Plan:
     stages: int
 
     @classmethod
-    def of(cls, tokens: int, tables: SiteTables) -> "Plan":
+    def of(cls, tokens: int, tables: SiteTables) -> "Tiling":
         """By the sizes only."""
         tile = 16 if tokens <= DECODE_TOKENS else _MANY
         return cls.of_tiles(tile, triton.cdiv(tokens, tile), tables)
 
     @classmethod
-    def of_tiles(cls, tile: int, tiles: int, tables: SiteTables) -> "Plan":
+    def of_tiles(cls, tile: int, tiles: int, tables: SiteTables) -> "Tiling":
         """For ``tiles`` runs of at most ``tile`` tokens."""
         blocks = tables.adapters // ADAPTER_BLOCK.value
         splits = max(1, min(blocks, _MOST_SPLITS, _PROGRAMS // (tiles * tables.modules)))
@@ -79,16 +79,16 @@ def route_tokens(
     int32 [T] -> Candidates [M, T, S] fp32. A score that is not finite never wins, ties go to the lowest column, -1
     where nothing is permitted: ``seqr.routing.per_token``. The time it takes depends on T and N, not on permissions.
     """
-    tokens, plan = z.shape[1], Plan.of(z.shape[1], tables)
-    z_sum = summed(z, plan.splits)
-    found = Candidates.empty(tables.modules, tokens, plan.splits, torch.float32, z.device)
+    tokens, tiling = z.shape[1], Tiling.of(z.shape[1], tables)
+    z_sum = summed(z, tiling.splits)
+    found = Candidates.empty(tables.modules, tokens, tiling.splits, torch.float32, z.device)
     main, count, rest = steps(feature_count(tables.rank))
-    _route_kernel[(plan.tiles, plan.splits, tables.modules)](
+    _route_kernel[(tiling.tiles, tiling.splits, tables.modules)](
         z, z_sum, tables.gram_terms, tables.offset, bits, row, found.value, found.column, tokens,
-        tables.adapters // ADAPTER_BLOCK.value, plan.per_split, bits.shape[0], plan.splits, z.stride(0), z.stride(1),
-        PARTS=z.shape[0], RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
-        COLUMNS=tables.modules * tables.rank, MAIN=main, STEPS=count, REST=rest, AHEAD=count == plan.per_split == 1,
-        TILE=plan.tile, num_warps=plan.warps, num_stages=plan.stages,
+        tables.adapters // ADAPTER_BLOCK.value, tiling.per_split, bits.shape[0], tiling.splits, z.stride(0),
+        z.stride(1), PARTS=z.shape[0], RANK=tables.rank, RANK_PADDED=triton.next_power_of_2(tables.rank),
+        COLUMNS=tables.modules * tables.rank, MAIN=main, STEPS=count, REST=rest, AHEAD=count == tiling.per_split == 1,
+        TILE=tiling.tile, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return found, z_sum[:1]
 

@@ -158,8 +158,13 @@ Use = Callable[[TransformersEngine], Awaitable[Any]]
 
 
 def serve(model_dir: Path, plan: Plan, use: Use, residents: list[Resident], **options: Any) -> Any:
+    return with_engine(build_engine(model_dir, plan, **options), residents, use)
+
+
+def with_engine(engine: Any, residents: Sequence[Resident], use: Callable[[Any], Awaitable[Any]]) -> Any:
+    """What ``use`` gives with the engine started and the adapters loaded."""
+
     async def session() -> Any:
-        engine = build_engine(model_dir, plan, **options)
         await engine.start()
         try:
             for one in residents:

@@ -20,7 +20,7 @@ from seqr.routing.evidence import EvidenceState, Standing
 from seqr.shared_a import verify_a
 from seqr.step import Segment
 from tests.inference_gateway.pretend_gpu import OnGpu, PretendGpu, put_on_gpu
-from tests.inference_gateway.support import EOS, OpenGuard, Resident, prompts, resident, run, serve
+from tests.inference_gateway.support import EOS, OpenGuard, Resident, prompts, resident, serve, with_engine
 from tests.seqr.kernels.conftest import reason_to_skip
 
 MODES = ("prompt_evidence", "evidence", "per_token")
@@ -91,21 +91,12 @@ def test_an_engine_on_a_gpu_mixes_no_devices_and_answers_as_on_a_cpu(gpu: None, 
         await engine.revoke(residents[0].key)
         return before + await answers(engine, "b", [residents[1], later])
 
-    async def pretended() -> list[list[int]]:
-        model, _ = load_base_model(model_dir, torch.float32, "sdpa")
-        put_on_gpu(model)
-        adapt_model(model, plan, verify_a(plan))
-        limits = EngineLimits(24, 32, 4096, page_size=16, prefix_sharing=True, kernels=False)
-        engine = TransformersEngine(model, plan, OpenGuard(), [EOS], limits)
-        await engine.start()
-        try:
-            for one in residents:
-                await engine.load(one.key, one.adapter, one.statistics)
-            return await use(engine)
-        finally:
-            await engine.stop()
-
-    assert run(pretended()) == serve(model_dir, plan, use, residents)
+    model, _ = load_base_model(model_dir, torch.float32, "sdpa")
+    put_on_gpu(model)
+    adapt_model(model, plan, verify_a(plan))
+    limits = EngineLimits(24, 32, 4096, page_size=16, prefix_sharing=True, kernels=False)
+    pretended = TransformersEngine(model, plan, OpenGuard(), [EOS], limits)
+    assert with_engine(pretended, residents, use) == serve(model_dir, plan, use, residents)
 
 
 def test_calibration_on_a_gpu_gives_z_on_the_cpu(gpu: None, model_dir: Path, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """The greedy tokens of the slow reference, for 24 users at once, through swaps and revocations."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 
 from inference_gateway.engine.base import AdapterKey, Engine, Failed, Finished, GenerationRequest, Tokens, TokenShares
 from seqr.plan import Plan
-from tests.inference_gateway.support import Reference, Resident, prompts, run
+from tests.inference_gateway.support import Reference, Resident, prompts, with_engine
 
 NEAR_TIE = 2e-5
 MODES = ("prompt_evidence", "evidence", "per_token")
@@ -58,19 +58,6 @@ def _expected(reference: Reference, count: int, seed: int, sets: tuple[tuple[str
         if len(found) == count:
             return found
     raise AssertionError(f"only {len(found)} of {count} prompts have choices that are no ties")
-
-
-def with_engine(engine: Engine, residents: Sequence[Resident], use: Callable[[Engine], Awaitable[Any]]) -> Any:
-    async def session() -> Any:
-        await engine.start()
-        try:
-            for one in residents:
-                await engine.load(one.key, one.adapter, one.statistics)
-            return await use(engine)
-        finally:
-            await engine.stop()
-
-    return run(session())
 
 
 @pytest.fixture(scope="module")
