@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from inference_gateway.engine.base import Event, Failed, GenerationRequest, Shares, Tokens, TokenShares
+from inference_gateway.engine.base import AdapterKey, Event, Failed, GenerationRequest, Shares, Tokens, TokenShares
 from inference_gateway.engine.sampling import Sampler
 from seqr.routing.evidence import Standing
 
@@ -42,6 +42,7 @@ class Sequence:
     choices: int = 0
     answer_choices: int = 0
     token_shares: list[TokenShares] = field(default_factory=list)
+    _within: frozenset[AdapterKey] | None = field(default=None, init=False, repr=False)
 
     @property
     def request_id(self) -> str:
@@ -54,6 +55,14 @@ class Sequence:
     @cached_property
     def silos(self) -> frozenset[str]:
         return frozenset(key.silo_id for key in self.request.adapters)
+
+    def within(self, keys: frozenset[AdapterKey]) -> bool:
+        """Whether all adapters of the request are among ``keys``, which is compared once: there may be a thousand."""
+        if self._within is not keys:
+            if not self.request.adapters <= keys:
+                return False
+            self._within = keys
+        return True
 
     @property
     def shares(self) -> Shares | None:

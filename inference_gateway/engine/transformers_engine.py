@@ -171,7 +171,7 @@ class TransformersEngine:
                     self._rows = PermissionRows(library)
                     self._evidence.remap(library.columns, library.width)
                     for sequence in self._sequences:
-                        if not sequence.request.adapters <= self._keys:
+                        if not sequence.within(self._keys):
                             self._sequences.end(sequence.request_id, REPLACED)
                             self._edge.drop(sequence.pass_id)
                     gone = before - self._keys
@@ -214,7 +214,7 @@ class TransformersEngine:
                     event = await queue.get()
                     if isinstance(event, Tokens):
                         # What lies here for a slow reader must not leave once its silo or its permission is gone.
-                        if not request.adapters <= self._keys:
+                        if not sequence.within(self._keys):
                             yield REPLACED
                             return
                         if sequence.failed:
@@ -289,7 +289,7 @@ class TransformersEngine:
         sequence = self._sequences.get(one.request_id)
         if sequence is None or sequence.ended:
             return nobody
-        if not sequence.request.adapters <= self._keys:
+        if not sequence.within(self._keys):
             self._end_pass(one.request_id, REPLACED)
             return nobody
         self._follow(sequence, one)
