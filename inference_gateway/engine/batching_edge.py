@@ -48,10 +48,11 @@ log = logging.getLogger(__name__)
 class BatchingEdge:
     """A worker thread that runs the model over whatever requests there are, one step after the other."""
 
+    _stepper: Stepper
+
     def __init__(
         self,
         model: Any,
-        stepper: Stepper,
         *,
         max_requests: int,
         max_batch_tokens: int,
@@ -69,7 +70,6 @@ class BatchingEdge:
                 f"the base model has layers of {', '.join(sorted(kinds))}; this engine serves full attention only"
             )
         self._model = model
-        self._stepper = stepper
         self._deterministic = deterministic
         self._on_gpu = model.device.type == "cuda"
         if self._on_gpu:
@@ -107,8 +107,9 @@ class BatchingEdge:
         self._batch: Batch | None = None
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def start(self) -> None:
-        """Start the worker and wait until it has its cache. Raises ``EngineStopped``."""
+    def start(self, stepper: Stepper) -> None:
+        """Start the worker, which calls ``stepper``, and wait until it has its cache. Raises ``EngineStopped``."""
+        self._stepper = stepper
         self._manager.start()
         thread = self._manager._generation_thread
         while self._manager.batch_processor is None:

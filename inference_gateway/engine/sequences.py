@@ -17,15 +17,17 @@ READING = "/reading"
 class Sequence:
     """One request. ``deliver`` hands an event to whoever asked, from any thread, and never blocks.
 
-    ``reading``: the base model reads its prompt and gathers the evidence that becomes ``standing``; the answer begins
-    after that. Both passes are requests of their own to the library, by ``pass_id``. ``margin``: by how much the prompt
-    spoke for its winner, see ``TokenShares``. ``token_shares``: those of tokens not yet handed out. ``chain``: the root
-    of its cache blocks' names and the names, while it may share them, under ``library_version``.
+    ``ends``: the tokens that end its answer. ``reading``: the base model reads its prompt and gathers the evidence that
+    becomes ``standing``; the answer begins after that. Both passes are requests of their own to the library, by
+    ``pass_id``. ``margin``: by how much the prompt spoke for its winner, see ``TokenShares``. ``token_shares``: those
+    of tokens not yet handed out. ``chain``: the root of its cache blocks' names and the names, while it may share them,
+    under ``library_version``.
     """
 
     request: GenerationRequest
     deliver: Callable[[Event], None]
     sampler: Sampler | None
+    ends: frozenset[int] = frozenset()
     slot: int | None = None
     generated: int = 0
     ended: bool = False

@@ -65,8 +65,8 @@ def test_a_batch_is_described_to_the_engine_as_it_is(model_dir: Path, plan: Plan
     async def serve() -> list[batching_edge.Batch]:
         engine = build_engine(model_dir, plan, max_batch_tokens=16, max_concurrent=6)
         seen: list[batching_edge.Batch] = []
-        begin = engine.begin
-        engine.begin = lambda batch: (seen.append(batch), begin(batch))[1]  # type: ignore[method-assign]
+        begin = engine.steps.begin
+        engine.steps.begin = lambda batch: (seen.append(batch), begin(batch))[1]  # type: ignore[method-assign]
         await engine.start()
         await asyncio.gather(*(ask(engine, f"r{i}", text, [], max_tokens=4) for i, text in enumerate(texts)))
         await engine.stop()
@@ -89,8 +89,8 @@ def test_only_the_worker_computes_with_many_threads(model_dir: Path, plan: Plan)
 
     async def serve() -> None:
         engine = build_engine(model_dir, plan, threads=3)
-        begin = engine.begin
-        engine.begin = lambda batch: (seen.append(torch.get_num_threads()), begin(batch))[1]  # type: ignore[method-assign]
+        begin = engine.steps.begin
+        engine.steps.begin = lambda batch: (seen.append(torch.get_num_threads()), begin(batch))[1]  # type: ignore[method-assign]
         await engine.start()
         await ask(engine, "one", prompts(1)[0], [], max_tokens=2)
         await engine.stop()

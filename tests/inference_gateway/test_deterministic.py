@@ -38,13 +38,13 @@ def logits_of_mine(
 
     async def use(engine: TransformersEngine) -> Any:
         seen: list[torch.Tensor] = []
-        pick = engine.pick
+        pick = engine.steps.pick
 
         def spy(request_ids: Any, logits: torch.Tensor) -> None:
             seen.extend(logits[row].clone() for row, name in enumerate(request_ids) if name == "mine")
             pick(request_ids, logits)
 
-        engine.pick = spy  # type: ignore[method-assign]
+        engine.steps.pick = spy  # type: ignore[method-assign]
         keys = [one.key for one in residents]
         others = [
             ask(engine, f"o{i}", text, keys[i % 3 :], MODES[i % 3], 5 + i, sampling=Sampling(temperature=i % 2))
@@ -91,14 +91,14 @@ def test_a_shared_prefix_leaves_no_trace_in_a_deterministic_answer(
 ) -> None:
     async def use(engine: TransformersEngine) -> Any:
         seen: dict[str, list[torch.Tensor]] = {"one": [], "two": []}
-        pick = engine.pick
+        pick = engine.steps.pick
 
         def spy(request_ids: Any, logits: torch.Tensor) -> None:
             for row, name in enumerate(request_ids):
                 seen[name].append(logits[row].clone())
             pick(request_ids, logits)
 
-        engine.pick = spy  # type: ignore[method-assign]
+        engine.steps.pick = spy  # type: ignore[method-assign]
         for name in seen:
             await ask(engine, name, TEXT, [residents[0].key], "per_token", 8)
         return seen, engine.info().prefix_hits

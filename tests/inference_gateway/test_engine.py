@@ -189,13 +189,13 @@ def test_a_request_that_ends_before_it_is_submitted_leaves_no_pass_behind(
         other = asyncio.create_task(ask(engine, "other", prompts(1)[0], [alpha.key], max_tokens=3000))
         while not engine.info().steps:
             await asyncio.sleep(0.001)
-        submit, begin, steps = engine._edge.submit, engine.begin, []
+        submit, begin, steps = engine._edge.submit, engine.steps.begin, []
 
         def spy(batch: Any) -> Any:
             steps.extend(1 for one in batch.slices if one.request_id == "mine")
             return begin(batch)
 
-        engine.begin = spy  # type: ignore[method-assign]
+        engine.steps.begin = spy  # type: ignore[method-assign]
 
         def late(request_id: str, *args: Any) -> None:
             assert engine.info().running == 2
@@ -282,7 +282,7 @@ def test_a_second_users_prefill_shares_no_block_with_the_firsts(
 
     async def use(engine: TransformersEngine) -> Any:
         prefilled: dict[str, int] = {}
-        begin = engine.begin
+        begin = engine.steps.begin
 
         def spy(batch: Any) -> Any:
             for one in batch.slices:
@@ -290,7 +290,7 @@ def test_a_second_users_prefill_shares_no_block_with_the_firsts(
                     prefilled[one.request_id] = prefilled.get(one.request_id, 0) + one.length
             return begin(batch)
 
-        engine.begin = spy  # type: ignore[method-assign]
+        engine.steps.begin = spy  # type: ignore[method-assign]
         first, _ = await first_tokens(engine, "long", [alpha.key])
         await ask(engine, "alice", text, [alpha.key], max_tokens=4)
         bob = await ask(engine, "bob", text, [beta.key], max_tokens=4)
@@ -343,13 +343,13 @@ def test_forbidden_silos_change_no_bit_of_an_answer(model_dir: Path, plan: Plan,
     def logits_of(others: list[Resident], swapping: bool = False) -> tuple[list[int], list[torch.Tensor]]:
         async def use(engine: TransformersEngine) -> Any:
             seen: list[torch.Tensor] = []
-            pick = engine.pick
+            pick = engine.steps.pick
 
             def spy(request_ids: Any, logits: torch.Tensor) -> None:
                 seen.extend(logits[row].clone() for row, name in enumerate(request_ids) if name == "mine")
                 pick(request_ids, logits)
 
-            engine.pick = spy  # type: ignore[method-assign]
+            engine.steps.pick = spy  # type: ignore[method-assign]
             asking = asyncio.create_task(ask(engine, "mine", text, [one.key for one in mine], mode, max_tokens=20))
             revision = 2
             while swapping and not asking.done():

@@ -50,8 +50,8 @@ class Observer:
         self.engine = engine
         self.logits: list[torch.Tensor] = []
         self.told: Told = []
-        self._pick = engine.pick
-        engine.pick = self._spy  # type: ignore[method-assign]
+        self._pick = engine.steps.pick
+        engine.steps.pick = self._spy  # type: ignore[method-assign]
 
     def _spy(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
         self.logits += [logits[row].clone() for row, name in enumerate(request_ids) if name == "mine"]
@@ -73,13 +73,13 @@ class Observer:
     async def together(self, requests: Sequence[GenerationRequest], during: Any = None) -> Seen:
         """The tokens and logits of ``mine``; ``during`` runs while it is answered."""
         gate = threading.Event()
-        begin = self.engine.begin
+        begin = self.engine.steps.begin
 
         def hold(batch: Any) -> Any:
             gate.wait(30)
             return begin(batch)
 
-        self.engine.begin = hold  # type: ignore[method-assign]
+        self.engine.steps.begin = hold  # type: ignore[method-assign]
         # The first request holds the worker in its first step until all the others are queued behind it.
         first = asyncio.create_task(self._ask(GenerationRequest("first", (3,), 1, frozenset(), "per_token")))
         await asyncio.sleep(0.05)
@@ -151,7 +151,7 @@ def test_a_thousand_forbidden_silos_change_no_bit(
 
     async def use(engine: TransformersEngine) -> Seen:
         # One at a time would stack the library a thousand times over.
-        library = engine._library
+        library = engine._residents.library
         columns = [*library._columns]
         for one in crowd:
             columns.append(library._column(one.key.silo_id, 1, one.adapter, one.statistics))

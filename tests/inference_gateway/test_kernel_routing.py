@@ -143,8 +143,8 @@ def test_a_prefix_that_the_kernels_computed_is_shared(model_dir: Path, plan: Pla
 def test_a_revoked_adapter_leaves_the_kernels_tables(model_dir: Path, plan: Plan, residents: list[Resident]) -> None:
     async def use(engine: TransformersEngine) -> list[Any]:
         await ask(engine, "a", range(3, 9), [one.key for one in residents], "per_token", 2)
-        assert engine._kernels is not None
-        held = [weakref.ref(table.b_t) for table in engine._kernels.tables]
+        assert engine._residents.kernels is not None
+        held = [weakref.ref(table.b_t) for table in engine._residents.kernels.tables]
         await engine.revoke(residents[0].key)
         gc.collect()
         return [reference() for reference in held]
@@ -156,4 +156,4 @@ def test_deterministic_serving_does_not_route_with_kernels(model_dir: Path, plan
     with pytest.raises(EngineIncompatible, match="deterministic serving cannot route with kernels"):
         build_engine(model_dir, plan, kernels=True, deterministic=True)
     assert EngineLimits().kernels is None
-    assert build_engine(model_dir, plan)._kernels is None  # on a CPU, unless asked for
+    assert build_engine(model_dir, plan)._residents.kernels is None  # on a CPU, unless asked for

@@ -26,8 +26,8 @@ class Prefilled:
         self.engine = engine
         self.tokens: Counter[str] = Counter()
         self.first: dict[str, int] = {}
-        self._begin = engine.begin
-        engine.begin = self._spy  # type: ignore[method-assign]
+        self._begin = engine.steps.begin
+        engine.steps.begin = self._spy  # type: ignore[method-assign]
 
     def _spy(self, batch: Any) -> Any:
         for one in batch.slices:

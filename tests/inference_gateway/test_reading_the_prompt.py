@@ -37,14 +37,14 @@ def request(residents: list[Resident], request_id: str = "mine") -> GenerationRe
 async def while_reading(engine: TransformersEngine, one: GenerationRequest, act: Callable[[], Awaitable[Any]]) -> Any:
     """Start ``one``, do ``act`` when its prompt is half read, and return the last event."""
     halfway, loop = asyncio.Event(), asyncio.get_running_loop()
-    begin = engine.begin
+    begin = engine.steps.begin
 
     def spy(batch: Any) -> Any:
         if any(s.request_id == one.request_id + READING and s.position > 0 for s in batch.slices):
             loop.call_soon_threadsafe(halfway.set)
         return begin(batch)
 
-    engine.begin = spy  # type: ignore[method-assign]
+    engine.steps.begin = spy  # type: ignore[method-assign]
 
     async def go() -> Any:
         last = None
@@ -62,14 +62,14 @@ def test_reading_is_done_by_the_base_model_and_the_answer_by_one_silo(
     model_dir: Path, plan: Plan, residents: list[Resident]
 ) -> None:
     async def use(engine: TransformersEngine) -> Any:
-        begin, seen = engine.begin, []
+        begin, seen = engine.steps.begin, []
 
         def spy(batch: Any) -> Any:
             step = begin(batch)
             seen.append((batch.slices[0].request_id, step))
             return step
 
-        engine.begin = spy  # type: ignore[method-assign]
+        engine.steps.begin = spy  # type: ignore[method-assign]
         answer = await ask(engine, "mine", PROMPT, [r.key for r in residents], attribution=True)
         return answer, seen, engine.info()
 
@@ -129,12 +129,12 @@ def test_an_asker_who_leaves_as_the_reading_is_handed_over_ends_nobody_elses_ans
                 asyncio.run(engine.abort("mine"))
                 return True
 
-        deliver = engine.deliver
+        deliver = engine.steps.deliver
 
         def last_moment(outputs: Sequence[Output]) -> None:
             deliver([Leaving(one) if one.request_id == "mine" + READING else one for one in outputs])  # type: ignore[misc]
 
-        engine.deliver = last_moment  # type: ignore[method-assign]
+        engine.steps.deliver = last_moment  # type: ignore[method-assign]
         other = asyncio.create_task(ask(engine, "other", PROMPT, [residents[0].key], max_tokens=60))
         mine = asyncio.create_task(ask(engine, "mine", PROMPT, [one.key for one in residents]))
         ended = (await other).end
