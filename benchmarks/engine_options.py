@@ -2,7 +2,8 @@
 
 DIR holds a prepared base model. Processor time, so that a busy machine distorts little: tokens per second of it with
 attribution and in deterministic mode, as shares of the plain engine's; and the seconds of it that a second turn takes
-to its first token with and without prefix sharing. Adapters are random.
+to its first token with and without prefix sharing, for a user of one silo and, where the prompt has to be read first,
+of all. Adapters are random.
 """
 
 import argparse
@@ -79,13 +80,12 @@ async def main() -> None:
         )
         return sum(made) / (time.process_time() - start)
 
-    async def second_turn(engine: TransformersEngine, round_: int) -> float:
+    async def second_turn(engine: TransformersEngine, round_: int, silos: int) -> float:
         first = tuple((17 * round_ + 13 * p) % 20_000 + 100 for p in range(options.turn))
-        one = frozenset(sorted(keys)[:1])
-        # Two tokens: blocks filled in a request's last step are not kept.
-        await ask(engine, prompt=first, max_tokens=2, adapters=one, mode="prompt_evidence")
+        some = frozenset(sorted(keys)[:silos])
+        await ask(engine, prompt=first, max_tokens=1, adapters=some, mode="prompt_evidence")
         start = time.process_time()
-        await ask(engine, prompt=(*first, *range(100, 120)), max_tokens=1, adapters=one, mode="prompt_evidence")
+        await ask(engine, prompt=(*first, *range(100, 120)), max_tokens=1, adapters=some, mode="prompt_evidence")
         return time.process_time() - start
 
     shares: dict[str, list[float]] = {}
@@ -102,9 +102,10 @@ async def main() -> None:
             if round_:
                 note(f"{mode}, tokens per second with attribution", told / plain)
                 note(f"{mode}, tokens per second in deterministic mode", fixed / plain)
-        without, with_ = [await second_turn(engines[name], round_) for name in ("plain", "sharing")]
-        if round_:
-            note("second turn, time with prefix sharing", with_ / without)
+        for silos in (1, options.adapters):
+            without, with_ = [await second_turn(engines[name], round_, silos) for name in ("plain", "sharing")]
+            if round_:
+                note(f"second turn of a user of {silos} silo(s), time with prefix sharing", with_ / without)
     for name, values in shares.items():
         print(json.dumps({"case": name, "median_share_of_plain": round(statistics.median(values), 3)}))
     for engine in engines.values():

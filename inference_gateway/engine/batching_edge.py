@@ -254,12 +254,13 @@ class BatchingEdge:
         page, ledger = int(blocks.tokens_per_page), blocks.ledger
 
         def find(request_id: str, prompt: list[int]) -> int:
-            chain = self._stepper.prefix_chain(request_id)
-            if chain is None:
+            given = self._stepper.prefix_chain(request_id)
+            if given is None:
                 return 0
+            chain, reach = given
             del chain[1:]
             found: list[int] = []
-            for start in range(0, len(prompt) - page, page):  # the last token is always computed
+            for start in range(0, reach - page + 1, page):
                 name = block_name(chain[-1], prompt[start : start + page])
                 if name not in ledger.hash_to_block:
                     break
@@ -269,15 +270,18 @@ class BatchingEdge:
                 blocks.acquire_prefix_blocks(request_id, len(found) * page, found)
             return len(found) * page
 
-        def register(request_id: str, tokens: list[int], complete: int) -> None:
-            chain = self._stepper.prefix_chain(request_id)
-            if chain is None:
+        def register(state: Any, complete: dict[str, int]) -> None:
+            given = self._stepper.prefix_chain(state.request_id)
+            if given is None or not complete:
                 return
-            for block in range(len(chain) - 1, len(chain) - 1 + complete):
+            (count,), (chain, _) = complete.values(), given
+            tokens = state.initial_tokens + state.generated_tokens
+            for block in range(len(chain) - 1, len(chain) - 1 + count):
                 chain.append(block_name(chain[-1], tokens[block * page : (block + 1) * page]))
-                ledger.register_new_hash(blocks.block_table[request_id][block], chain[-1])
+                ledger.register_new_hash(blocks.block_table[state.request_id][block], chain[-1])
 
-        paged.search_prefix_match, blocks.mark_complete_blocks = find, register
+        # The cache's own registers nothing in a request's last step: with asynchronous batches its blocks may be gone.
+        paged.search_prefix_match, paged.mark_complete_blocks = find, register
 
 
 class _StepFailed(Exception):

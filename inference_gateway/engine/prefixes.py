@@ -22,24 +22,31 @@ _SECRET = secrets.token_bytes(32)
 def chain_of(sequence: Running, library: Library) -> list[bytes]:
     """The names of a pass's blocks before it has any: their root, or nothing if it must compute every token.
 
-    A pass that gathers evidence must: a token that is not computed says nothing.
+    In mode ``evidence`` it must: a token that is not computed says nothing.
     """
     request, winner = sequence.request, None
-    if sequence.reading or request.mode == "evidence":
+    if request.mode == "evidence":
         return []
-    if request.mode == "prompt_evidence":
+    if request.mode == "prompt_evidence" and not sequence.reading:
         rows = PermissionRows(library)
         winner, _ = standing_lead(rows, rows.row_for(sequence.silos), sequence.standing or Standing({}))
-    return [chain_root(request, library.version, winner)]
+    return [chain_root(request, library.version, winner, sequence.reading)]
 
 
-def chain_root(request: GenerationRequest, library_version: int, winner: str | None) -> bytes:
+def reach_of(sequence: Running) -> int:
+    """How many of a prompt's tokens a pass may find in the cache: never the last, and no evidence where it reads."""
+    before_last = len(sequence.request.prompt) - 1
+    return min(before_last, sequence.silent) if sequence.reading else before_last
+
+
+def chain_root(request: GenerationRequest, library_version: int, winner: str | None, reading: bool = False) -> bytes:
     """The root of a request's chain: its permitted set, mode and salt, the library, and whom its prompt spoke for.
 
-    ``winner`` is the silo that a ``prompt_evidence`` request settled on; in other modes None.
+    ``winner`` is the silo that a ``prompt_evidence`` request settled on; in other modes, and in the pass that reads its
+    prompt, None.
     """
     keys = [(key.silo_id, key.revision, key.digest) for key in sorted(request.adapters, key=_by_name)]
-    parts = [request.mode, library_version, keys, winner, request.cache_salt]
+    parts = [request.mode, reading, library_version, keys, winner, request.cache_salt]
     return blake2b(json.dumps(parts).encode(), key=_SECRET, digest_size=32).digest()
 
 

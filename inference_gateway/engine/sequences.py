@@ -7,7 +7,7 @@ from functools import cached_property
 
 from inference_gateway.engine.base import AdapterKey, Event, Failed, GenerationRequest, Shares, Tokens, TokenShares
 from inference_gateway.engine.sampling import Sampler
-from seqr.routing.evidence import Standing
+from seqr.routing.evidence import FORGOTTEN, Standing
 
 # What the id of the pass that reads a prompt ends with.
 READING = "/reading"
@@ -57,6 +57,17 @@ class Sequence:
     @cached_property
     def silos(self) -> frozenset[str]:
         return frozenset(key.silo_id for key in self.request.adapters)
+
+    @cached_property
+    def words_end(self) -> int:
+        """The position after the prompt's last word: where the frame's end begins, or the prompt's own end."""
+        tail = self.request.frame.tail
+        return tail.start if tail else len(self.request.prompt)
+
+    @cached_property
+    def silent(self) -> int:
+        """How many of the prompt's first tokens are no evidence in the pass that reads it."""
+        return max(1, self.request.frame.head, self.words_end - FORGOTTEN)
 
     def within(self, keys: frozenset[AdapterKey]) -> bool:
         """Whether all adapters of the request are among ``keys``, which is compared once: there may be a thousand."""

@@ -48,8 +48,9 @@ class Stepper(Protocol):
         """Leave in each row of ``logits`` [n, V] fp32 what its argmax is to choose."""
         ...
 
-    def prefix_chain(self, request_id: str) -> list[bytes] | None:
-        """The root of a request's block names, followed by the names so far; None if it shares nothing."""
+    def prefix_chain(self, request_id: str) -> tuple[list[bytes], int] | None:
+        """The root of a request's block names, followed by the names so far; and how many tokens may be found in the
+        cache. None if it shares nothing."""
         ...
 
     def completed(self) -> None: ...

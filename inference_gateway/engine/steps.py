@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference_gateway.engine.attribution import Part, attribute, attributed_parts, prompt_margin, watched_tokens
-from inference_gateway.engine.base import Failed, Finished, GenerationRequest, StepGuard
+from inference_gateway.engine.base import Failed, Finished, StepGuard
 from inference_gateway.engine.passes import BROKEN, REPLACED, Passes
+from inference_gateway.engine.prefixes import reach_of
 from inference_gateway.engine.residents import Residents
 from inference_gateway.engine.sequences import Sequence as Running
 from inference_gateway.engine.sequences import SequenceTable
@@ -99,12 +100,15 @@ class Steps:
         try:
             if slot is None:
                 raise EvidenceStale("all evidence slots are in use")
+            if sequence.reading and 0 < one.position <= sequence.silent:
+                # Nothing has been said before here, whether it was computed or found in the cache.
+                self._residents.evidence.begin_at(slot, one.position)
             self._residents.evidence.check(slot, one.position)
         except EvidenceStale:
             log.exception("request %s ends: its evidence does not continue", one.request_id)
             self._end_pass(one.request_id, BROKEN)
             return nobody
-        recent = _words_end(sequence.request) if sequence.reading else None
+        recent = sequence.words_end if sequence.reading else None
         return Segment(row, one.position, one.length, slot, "evidence", sequence.request.frame, recent=recent)
 
     def _follow(self, sequence: Running, one: Slice) -> None:
@@ -116,11 +120,11 @@ class Steps:
             self.counters.prefix_hits += one.position
         sequence.next_position = one.position + one.length
 
-    def prefix_chain(self, request_id: str) -> list[bytes] | None:
+    def prefix_chain(self, request_id: str) -> tuple[list[bytes], int] | None:
         sequence = self._sequences.get(request_id)
         if sequence is None or not sequence.chain or sequence.library_version != self._residents.library.version:
             return None
-        return sequence.chain
+        return sequence.chain, reach_of(sequence)
 
     def pick(self, request_ids: Sequence[str], logits: torch.Tensor) -> None:
         best = logits.max(dim=1).values.tolist()
@@ -216,8 +220,3 @@ class Steps:
         sequence = self._sequences.get(pass_id)
         if sequence is not None:
             self._passes.end(sequence.request_id, why)
-
-
-def _words_end(request: GenerationRequest) -> int:
-    """The position after the prompt's last word: where the frame's end begins, or the prompt's own end."""
-    return request.frame.tail.start if request.frame.tail else len(request.prompt)

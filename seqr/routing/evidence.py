@@ -40,7 +40,7 @@ from seqr.routing.scores import CLIP, choose, constant, scores, usable
 
 GRID = float(1 << 20)
 HALF_LIFE = 6  # words
-_FORGOTTEN = 180  # 2^-30 of a score of 6 is less than half a unit
+FORGOTTEN = 180  # words; 2^-30 of a score of 6 is less than half a unit
 
 
 class EvidenceStale(SeqrError):
@@ -77,7 +77,7 @@ class Standing:
 @lru_cache(maxsize=1)
 def _decay() -> torch.Tensor:
     roots = [2.0 ** (-part / HALF_LIFE) for part in range(HALF_LIFE)]
-    weights = [math.ldexp(roots[d % HALF_LIFE], -(d // HALF_LIFE)) for d in range(_FORGOTTEN)]
+    weights = [math.ldexp(roots[d % HALF_LIFE], -(d // HALF_LIFE)) for d in range(FORGOTTEN)]
     with torch.inference_mode(False):
         return torch.tensor([*weights, 0.0], dtype=torch.float32, device="cpu")
 
@@ -87,7 +87,7 @@ def recency(distance: torch.Tensor) -> torch.Tensor:
 
     0 from d = 180 on, where nothing is left of any score. The last word and whatever follows it weigh 1.
     """
-    return _decay().to(distance.device)[distance.clamp(0, _FORGOTTEN)]
+    return _decay().to(distance.device)[distance.clamp(0, FORGOTTEN)]
 
 
 def total_recency(words: int) -> float:
@@ -123,6 +123,11 @@ class EvidenceState:
         self.sums[:, slot].zero_()
         self._next_position[slot] = 0
         self._open.discard(slot)
+
+    def begin_at(self, slot: int, position: int) -> None:
+        """Begin a new sequence whose tokens before ``position`` are no evidence and need not be computed."""
+        self.free(slot)
+        self._next_position[slot] = position
 
     def remap(self, columns: Columns, width: int) -> None:
         """Follow the library to its new columns: what a (silo, revision) has gathered goes with it.

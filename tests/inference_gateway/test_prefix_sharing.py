@@ -11,6 +11,7 @@ import pytest
 from inference_gateway.engine.base import AdapterKey, Finished, GenerationRequest, Tokens
 from inference_gateway.engine.prefixes import block_name, chain_root
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
+from seqr.frame import NO_FRAME, Frame
 from seqr.plan import Plan
 from tests.inference_gateway.support import Reference, Resident, prompts, resident, serve
 
@@ -43,9 +44,10 @@ class Prefilled:
         mode: str = "per_token",
         salt: str = "",
         max_tokens: int = 4,
+        frame: Frame = NO_FRAME,
     ) -> list[int]:
         keys = frozenset(one.key for one in residents)
-        request = GenerationRequest(name, tuple(prompt), max_tokens, keys, mode, cache_salt=salt)
+        request = GenerationRequest(name, tuple(prompt), max_tokens, keys, mode, frame=frame, cache_salt=salt)
         tokens: list[int] = []
         async for event in self.engine.generate(request):
             if isinstance(event, Tokens):
@@ -144,18 +146,92 @@ def test_another_salt_or_another_mode_finds_nothing(model_dir: Path, plan: Plan,
     assert sharing(model_dir, plan, [alpha], scenario) == {"one": 0, "salt": 0, "mode": 0, "again": 192}
 
 
-def test_passes_that_gather_evidence_read_every_token(
-    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
-) -> None:
+def test_evidence_in_one_pass_reads_every_token(model_dir: Path, plan: Plan, alpha: Resident, beta: Resident) -> None:
     async def scenario(log: Prefilled) -> Any:
         for name in ("one", "two"):
             await log.ask(name, TEXT, [alpha, beta], "evidence")
-        for name in ("three", "four"):
-            await log.ask(name, TEXT, [alpha, beta], "prompt_evidence")
+        return log.first
+
+    assert sharing(model_dir, plan, [alpha, beta], scenario) == {"one": 0, "two": 0}
+
+
+LONG = [5 + (i * i) % 251 for i in range(330)]
+NEXT_TURN = [*LONG[:280], *(9 + (7 * i) % 230 for i in range(40))]
+
+
+def test_a_pass_that_reads_finds_what_is_no_evidence_and_computes_the_rest(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    """Words more than 180 places before the last count nothing."""
+
+    async def scenario(log: Prefilled) -> Any:
+        await log.ask("one", LONG, [alpha, beta], "prompt_evidence")
+        answer = await log.ask("two", NEXT_TURN, [alpha, beta], "prompt_evidence")
+        return answer, log.first, log.tokens
+
+    answer, first, tokens = sharing(model_dir, plan, [alpha, beta], scenario)
+    found = (len(NEXT_TURN) - 180) // PAGE * PAGE
+    assert (first["one/reading"], first["two/reading"]) == (0, found) and found == 128
+    assert tokens["two/reading"] == len(NEXT_TURN) - found
+    reference = Reference(model_dir, plan, [alpha, beta])
+    assert answer == reference.answer(NEXT_TURN, ["alpha", "beta"], "prompt_evidence", 4)
+
+
+def test_a_pass_that_reads_finds_the_beginning_of_the_chats_frame(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    frame = Frame(40, range(57, 60))
+
+    async def scenario(log: Prefilled) -> Any:
+        for name, last in (("one", 60), ("two", 61)):
+            text = [*TEXT[:50], *range(last, last + 10)]
+            await log.ask(name, text, [alpha, beta], "prompt_evidence", frame=frame)
         return log.first
 
     first = sharing(model_dir, plan, [alpha, beta], scenario)
-    assert first == {"one": 0, "two": 0, "three/reading": 0, "three": 0, "four/reading": 0, "four": 192}
+    assert (first["one/reading"], first["two/reading"]) == (0, 40 // PAGE * PAGE)
+
+
+def test_what_a_prompt_says_does_not_depend_on_what_was_found_in_the_cache(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    async def margin(log: Prefilled, name: str) -> float | None:
+        keys = frozenset((alpha.key, beta.key))
+        request = GenerationRequest(name, tuple(NEXT_TURN), 1, keys, "prompt_evidence", attribution=True)
+        events = [event async for event in log.engine.generate(request)]
+        assert isinstance(events[0], Tokens)
+        return events[0].shares[0].margin
+
+    async def scenario(log: Prefilled) -> Any:
+        cold = await margin(log, "cold")
+        return cold, await margin(log, "warm"), log.first["warm/reading"]
+
+    cold, warm, first = sharing(model_dir, plan, [alpha, beta], scenario)
+    assert first > 0 and cold > 0
+    assert warm == pytest.approx(cold, rel=1e-4)
+
+
+@pytest.mark.parametrize("others", [["beta", "gamma"], ["alpha", "beta", "gamma"]])
+def test_what_one_set_has_read_is_read_again_for_another(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident, others: list[str]
+) -> None:
+    all_three = [alpha, beta, resident(plan, "gamma", 3)]
+
+    async def scenario(log: Prefilled) -> Any:
+        await log.ask("one", LONG, [alpha, beta], "prompt_evidence")
+        await log.ask("two", LONG, [one for one in all_three if one.key.silo_id in others], "prompt_evidence")
+        return log.first["two/reading"]
+
+    assert sharing(model_dir, plan, all_three, scenario) == 0
+
+
+def test_blocks_that_a_pass_fills_in_its_last_step_are_kept(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    async def scenario(log: Prefilled) -> Any:
+        for name in ("one", "two"):
+            await log.ask(name, TEXT[:60], [alpha], max_tokens=1)
+        return log.first
+
+    assert sharing(model_dir, plan, [alpha], scenario) == {"one": 0, "two": 48}
 
 
 def test_prompts_that_speak_for_different_silos_share_nothing(
@@ -210,9 +286,25 @@ def test_a_full_cache_gives_up_shared_blocks_and_no_answer_changes(
         return first, again, log.engine.info()
 
     first, again, info = sharing(model_dir, plan, [alpha], scenario, kv_tokens=192, max_concurrent=6)
-    reference = Reference(model_dir, plan, [alpha])
-    assert first == again == [reference.answer(text, ["alpha"], "per_token", 30) for text in texts]
+    roomy, *_ = sharing(model_dir, plan, [alpha], scenario, prefix_sharing=False)
+    assert first == again == roomy
     assert info.preemptions > 0 and info.kv_blocks_used == 0
+
+
+def test_a_full_cache_makes_no_pass_that_reads_forget_what_a_prompt_says(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
+    texts = [LONG[:200] + text[:20] for text in prompts(4, seed=5, longest=60)]
+
+    async def scenario(log: Prefilled) -> Any:
+        jobs = (log.ask(f"r{i}", text, [alpha, beta], "prompt_evidence", max_tokens=16) for i, text in enumerate(texts))
+        return await asyncio.gather(*jobs), log.engine.info(), log.first
+
+    answers, info, first = sharing(model_dir, plan, [alpha, beta], scenario, kv_tokens=288)
+    roomy, *_ = sharing(model_dir, plan, [alpha, beta], scenario, prefix_sharing=False)
+    assert answers == roomy
+    assert info.preemptions > 0 and info.kv_blocks_used == 0
+    assert any(start > 0 for name, start in first.items() if name.endswith("/reading"))
 
 
 def test_a_root_differs_with_everything_that_keys_and_values_depend_on() -> None:
@@ -220,9 +312,10 @@ def test_a_root_differs_with_everything_that_keys_and_values_depend_on() -> None
 
     def root(
         keys: Iterable[AdapterKey] = (key,), mode: str = "per_token", version: int = 1, winner: str | None = None,
-        salt: str = "",
+        salt: str = "", reading: bool = False,
     ) -> bytes:  # fmt: skip
-        return chain_root(GenerationRequest("r", (1,), 1, frozenset(keys), mode, cache_salt=salt), version, winner)
+        request = GenerationRequest("r", (1,), 1, frozenset(keys), mode, cache_salt=salt)
+        return chain_root(request, version, winner, reading)
 
     roots = [
         root(),
@@ -231,6 +324,7 @@ def test_a_root_differs_with_everything_that_keys_and_values_depend_on() -> None
         root(keys=[AdapterKey("alpha", 1, "ab")]),
         root(keys=[key, AdapterKey("beta", 1, "aa")]),
         root(mode="prompt_evidence"),
+        root(mode="prompt_evidence", reading=True),
         root(mode="prompt_evidence", winner="alpha"),
         root(version=2),
         root(salt="alice"),

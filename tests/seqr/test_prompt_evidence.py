@@ -77,6 +77,17 @@ def test_a_prompt_read_in_chunks_says_the_same(cut: int) -> None:
     assert read(some_z(9, 1), cut=cut) == read(some_z(9, 1))
 
 
+@pytest.mark.parametrize("start", [1, 20])
+def test_words_that_are_no_evidence_need_not_be_read(start: int) -> None:
+    z = some_z(200, 13)
+    rows, state = PermissionRows(LIBRARY), EvidenceState(MODULES, 1, LIBRARY.columns, LIBRARY.width)
+    state.begin_at(0, start)
+    with running(StepContext(rows, [Segment(0, start, 200 - start, 0, recent=200)], state)) as step:
+        for module in range(MODULES):
+            step.choose(module, z[module, start:])
+    assert state.standing(0, set(LIBRARY.columns)) == read(z)
+
+
 def test_the_frame_of_the_chat_says_nothing() -> None:
     z = some_z(12, 2)
     louder = z.clone()
