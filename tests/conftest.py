@@ -1,8 +1,10 @@
 """Settings every test shares: no network, no telemetry, small thread counts."""
 
 import os
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Tests share the cores with one another: torch with several threads each would wait most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,8 +17,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers take the suite file by file, so that a file's servers start once; e2e shares one federation."""
-    for item in items:
-        folder, file = item.path.parent.name, item.path.name
-        item.add_marker(pytest.mark.xdist_group("e2e" if folder == "e2e" else f"{folder}/{file}"))
+class ByFile(LoadScopeScheduling):
+    """Two workers take the suite file by file, so that a file's servers start once.
+
+    e2e shares one federation, and no two browsers run at a time.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return next((shared for shared in ("tests/e2e", "playground") if shared in file), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)

@@ -10,8 +10,6 @@ from tests.inference_gateway.conftest import HOW, Running
 from tests.inference_gateway.oidc.provider import Provider
 from tests.inference_gateway.playground.browsing import Visit, browser
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 __all__ = ["browser"]
 
 QUESTION = "Where is the red boat?"

@@ -9,8 +9,6 @@ from playwright.sync_api import expect
 from tests.inference_gateway.playground.browsing import Visit, Visiting
 from tests.inference_gateway.playground.fake_gateway import KEY, FakeGateway, Script, choice, event, token
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 def storage(user: Visit) -> dict[str, str]:
     return user.page.evaluate("({...sessionStorage, ...localStorage, cookie: document.cookie})")

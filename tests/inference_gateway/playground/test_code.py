@@ -13,8 +13,6 @@ from tests.inference_gateway.conftest import Running
 from tests.inference_gateway.playground.browsing import Visit, Visiting
 from tests.inference_gateway.playground.fake_gateway import KEY, FakeGateway
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 # Whatever a shell or Python could take for its own.
 PROMPT = "it's \"$HOME\" `id` $(id) \\n \\' {'a': True} \u2028 😀\nsecond line null true"
 

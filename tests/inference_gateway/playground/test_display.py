@@ -8,8 +8,6 @@ from playwright.sync_api import expect
 from tests.inference_gateway.playground.browsing import Visit, Visiting
 from tests.inference_gateway.playground.fake_gateway import KEY, FakeGateway, Script, token
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 # An element's text and the ground it lies on, as [r, g, b] in sRGB, 0 to 1. color-mix computes to color(srgb ...).
 COLOURS = """node => {
   const parse = (value) => {

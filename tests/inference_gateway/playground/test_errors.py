@@ -6,8 +6,6 @@ from playwright.sync_api import expect
 from tests.inference_gateway.playground.browsing import Visit
 from tests.inference_gateway.playground.fake_gateway import KEY, FakeGateway, Refusal, Script
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 @pytest.mark.parametrize(
     ("status", "code", "title", "again"),

@@ -11,8 +11,6 @@ from tests.inference_gateway.conftest import HOW, Running, World
 from tests.inference_gateway.playground.browsing import Visiting
 from tests.inference_gateway.support import random_adapter
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 QUESTION = "Where is the red boat?"
 
 

@@ -1,12 +1,9 @@
 """Permitted silos as switches, and two sets of them side by side."""
 
-import pytest
 from playwright.sync_api import expect
 
 from tests.inference_gateway.playground.browsing import Visit
 from tests.inference_gateway.playground.fake_gateway import FakeGateway, Refusal, Script
-
-pytestmark = pytest.mark.xdist_group("browser")
 
 
 def test_the_switches_are_the_silos_that_the_key_may_use(fake: FakeGateway, user: Visit) -> None:
