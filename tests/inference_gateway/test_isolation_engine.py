@@ -144,19 +144,16 @@ def test_a_thousand_forbidden_silos_change_no_bit(
     alone = observe(model_dir, plan, permitted, [], mode)
     assert same(alone, observe(model_dir, plan, permitted, forbidden, mode))
     few = [random_adapter(plan, 100 + i) for i in range(4)]
-    crowd = [
-        Resident(AdapterKey(f"{'amtz'[i % 4]}-{i:04d}", 1, few[i % 4].digest), few[i % 4], forbidden[i % 3].statistics)
-        for i in range(1000)
-    ]
+    crowd = [AdapterKey(f"{'amtz'[i % 4]}-{i:04d}", 1, few[i % 4].digest) for i in range(1000)]
 
     async def use(engine: TransformersEngine) -> Seen:
         # One at a time would stack the library a thousand times over.
         library = engine._residents.library
+        made = [library._column("", 1, few[i % 4], forbidden[i % 3].statistics) for i in range(12)]
         columns = [*library._columns]
-        for one in crowd:
-            columns.append(library._column(one.key.silo_id, 1, one.adapter, one.statistics))
+        columns += [replace(made[i % 12], silo_id=key.silo_id) for i, key in enumerate(crowd)]
         whole = type(library)(plan, columns, library.version + 1)
-        engine._change(lambda _: whole, lambda keys: keys | {one.key for one in crowd})
+        engine._change(lambda _: whole, lambda keys: keys | set(crowd))
         assert len(engine.info().adapters) == 1002
         keys = [one.key for one in permitted]
         return await Observer(engine).together([request("mine", MINE, keys, mode)])

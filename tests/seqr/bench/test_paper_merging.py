@@ -31,6 +31,16 @@ def on_another_machine(folder: Path, name: str) -> None:
             file.write_text(json.dumps(value | {"device": name}), "utf-8")
 
 
+@pytest.fixture(scope="module")
+def begun(data: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A machine's folder with the first seed done, ``out``, beside the ``cache`` that its adapters are in."""
+    machine = tmp_path_factory.mktemp("machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(machine / "cache"))
+        run(data, tiny, machine / "out", "--only-seeds", "0")
+    return machine
+
+
 @pytest.fixture
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -38,10 +48,10 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
 
 
 def test_seeds_done_on_two_machines_become_one_report_that_names_both(
-    data: Path, tiny: Path, tmp_path: Path, caches: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tiny: Path, tmp_path: Path, caches: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begun: Path
 ) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    run(data, tiny, here, "--only-seeds", "0")
+    here, there = tmp_path / "out", tmp_path / "there"
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     assert "measured for 1 of 2 seeds" in (here / "report.md").read_text("utf-8")
     caches.setenv("XDG_CACHE_HOME", str(tmp_path / "their-cache"))
     run(data, tiny, there, "--only-seeds", "1", "--every")
@@ -70,10 +80,10 @@ def test_seeds_done_on_two_machines_become_one_report_that_names_both(
 
 
 def test_a_seed_begun_here_with_other_adapters_is_not_mixed_with_theirs(
-    data: Path, tiny: Path, tmp_path: Path, caches: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tiny: Path, tmp_path: Path, caches: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begun: Path
 ) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    run(data, tiny, here, "--only-seeds", "0")
+    here, there = tmp_path / "out", tmp_path / "there"
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     shutil.copytree(here, there)
     answers = sorted((here / "results/answer/seqr/0").glob("*.json"))
     answers[0].unlink()
