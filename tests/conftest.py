@@ -18,7 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 class ByFile(LoadScopeScheduling):
-    """Two workers take the suite file by file, so that a file's servers start once.
+    """A worker takes a whole file, so that a file's servers start once.
 
     e2e shares one federation, and no two browsers run at a time.
     """
