@@ -387,7 +387,6 @@ PRIVATE_EDGE: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (scheduler.Scheduler, "set_request_cancellation", ("request_id",)),
     (FullAttentionCacheAllocator, "get_read_indices", ("request_id", "past_length", "query_length")),
     (FullAttentionCacheAllocator, "update", ("read_index", "write_index")),
-    (FullAttentionCacheAllocator, "mark_complete_blocks", ("request_id", "token_ids", "new_new_blocks")),
     (FullAttentionCacheAllocator, "acquire_prefix_blocks", ("request_id", "prefix_len", "block_ids")),
     (BlockLedger, "register_new_hash", ("block_id", "block_hash")),
     (BlockLedger, "evict_cached_blocks", ()),
