@@ -28,5 +28,6 @@ class ByFile(LoadScopeScheduling):
         return next((shared for shared in ("tests/e2e", "playground") if shared in file), file)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)

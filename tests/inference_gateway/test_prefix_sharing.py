@@ -146,13 +146,18 @@ def test_another_salt_or_another_mode_finds_nothing(model_dir: Path, plan: Plan,
     assert sharing(model_dir, plan, [alpha], scenario) == {"one": 0, "salt": 0, "mode": 0, "again": 192}
 
 
-def test_evidence_in_one_pass_reads_every_token(model_dir: Path, plan: Plan, alpha: Resident, beta: Resident) -> None:
+def test_passes_that_gather_evidence_read_every_token_that_is_some(
+    model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
+) -> None:
     async def scenario(log: Prefilled) -> Any:
         for name in ("one", "two"):
             await log.ask(name, TEXT, [alpha, beta], "evidence")
+        for name in ("three", "four"):
+            await log.ask(name, TEXT, [alpha, beta], "prompt_evidence")
         return log.first
 
-    assert sharing(model_dir, plan, [alpha, beta], scenario) == {"one": 0, "two": 0}
+    first = sharing(model_dir, plan, [alpha, beta], scenario)
+    assert first == {"one": 0, "two": 0, "three/reading": 0, "three": 0, "four/reading": 16, "four": 192}
 
 
 LONG = [5 + (i * i) % 251 for i in range(330)]
@@ -286,8 +291,8 @@ def test_a_full_cache_gives_up_shared_blocks_and_no_answer_changes(
         return first, again, log.engine.info()
 
     first, again, info = sharing(model_dir, plan, [alpha], scenario, kv_tokens=192, max_concurrent=6)
-    roomy, *_ = sharing(model_dir, plan, [alpha], scenario, prefix_sharing=False)
-    assert first == again == roomy
+    reference = Reference(model_dir, plan, [alpha])
+    assert first == again == [reference.answer(text, ["alpha"], "per_token", 30) for text in texts]
     assert info.preemptions > 0 and info.kv_blocks_used == 0
 
 
