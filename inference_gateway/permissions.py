@@ -43,7 +43,8 @@ class _Watched:
 class Permissions:
     """Decides through the policy's reader, and tells the engine which requests have lost a silo, or the right to ask.
 
-    That right is lost when the key is revoked or ends, its user is disabled, or key or roles no longer allow to chat.
+    That right is lost when the key is revoked or ends, the browser's log-in ends, the user is disabled, or key or roles
+    no longer allow to chat.
     A request that is lost stays lost until it is over, even when the silo is granted again meanwhile: the engine may
     not have it in a batch yet. When the policy cannot be read, every request is lost.
 
@@ -51,11 +52,19 @@ class Permissions:
     """
 
     def __init__(
-        self, database: Engine, pepper: bytes | None = None, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        database: Engine,
+        pepper: bytes | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        login_holds: Callable[[str], bool] | None = None,
     ):
+        """``login_holds``: whether the log-in that a ``Principal`` came by goes on, asked from any thread; none does
+        where nobody can log in.
+        """
         self._reader = PolicyReader(database, pepper)
         self._guards = PolicyReader(database)
         self._clock = clock
+        self._login_holds = login_holds or (lambda _login: False)
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
 
@@ -127,6 +136,9 @@ class Permissions:
                 one.decision = decided[user_id]
                 if not one.silos <= set(one.decision.silos):
                     one.lost = REVOKED
+            login = one.caller.login
+            if one.lost is None and login is not None and not self._login_holds(login):
+                one.lost = ENDED
             if one.lost is None and not one.caller_holds(version, now):
                 if one.caller not in callers:
                     callers[one.caller] = _still(reader, one.caller, now)

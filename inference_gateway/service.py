@@ -87,7 +87,8 @@ class Service:
         self._sealing_key = SealingKey.load(settings.sealing_key_file)
         self._signing_key = SigningKey.load(settings.signing_key_file)
         self._database = create_engine_for(settings.policy_database_url)
-        self.permissions = Permissions(self._database, load_pepper(settings.policy_pepper_file))
+        holds = None if self.oidc is None else self.oidc.sessions.holds
+        self.permissions = Permissions(self._database, load_pepper(settings.policy_pepper_file), login_holds=holds)
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics)
         self.metrics.watch(self)

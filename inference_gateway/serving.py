@@ -1,12 +1,13 @@
 """Runs the gateway's application under uvicorn."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from inference_gateway.api.errors import respond
 from inference_gateway.app import create_app
 from inference_gateway.service import Service
 from inference_gateway.settings import Settings
@@ -19,21 +20,33 @@ KEEP_ALIVE_S = 75
 HEADERS_S = 10
 
 
-class HeadersInTime(asyncio.Protocol):
-    """Before one of uvicorn's HTTP protocols: closes connections whose next request's headers do not come to an end.
+class Bounded(asyncio.Protocol):
+    """Before one of uvicorn's HTTP protocols: refuses connections beyond ``max_connections``, and closes those whose
+    next request's headers do not come to an end.
 
-    uvicorn itself waits for them for ever. Of it this uses ``cycle``, the request whose headers were complete last.
+    uvicorn itself takes as many as come and waits for headers for ever. Of it this uses ``connections``, all that are
+    open, and ``cycle``, the request whose headers were complete last.
     """
 
+    max_connections: int
+    connections: set[Any]
     cycle: Any
+    _refused = False
     _closing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self.connections) >= self.max_connections:
+            self._refused = True
+            cast(asyncio.Transport, transport).write(_too_many_connections())
+            transport.close()
+            return
         super().connection_made(transport)
         self._closing = asyncio.get_running_loop().call_later(HEADERS_S, transport.close)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_closing()
@@ -42,7 +55,8 @@ class HeadersInTime(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_closing()
-        super().connection_lost(exc)
+        if not self._refused:
+            super().connection_lost(exc)
 
     def _stop_closing(self) -> None:
         if self._closing is not None:
@@ -50,8 +64,14 @@ class HeadersInTime(asyncio.Protocol):
             self._closing = None
 
 
-class Protocol(HeadersInTime, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class Protocol(Bounded, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's choice, which is httptools where it is installed, else h11."""
+
+
+def _too_many_connections() -> bytes:
+    response = respond("this gateway has as many connections as it takes; try again later", "overloaded", 503)
+    head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+    return b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n%s\r\n%s" % (head, response.body)
 
 
 def run(settings: Settings) -> None:
@@ -70,7 +90,7 @@ def config_of(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        http=Protocol,
+        http=type("Protocol", (Protocol,), {"max_connections": settings.max_connections}),
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
         ws="none",

@@ -81,6 +81,8 @@ class Settings(FileSettings):
     ssl_keyfile: Path | None = None
     # For a reverse proxy on the same network that speaks TLS to the outside.
     allow_plain_http: bool = False
+    # Each takes a file descriptor, of which a process has often no more than 1,024.
+    max_connections: int = Field(default=800, ge=1)
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     max_body_seconds: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.5, gt=0)

@@ -12,7 +12,7 @@ import re
 import secrets
 import string
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -63,8 +63,9 @@ SCOPES_OF_ROLE: Final[dict[str, frozenset[str]]] = {
 class Principal:
     """Who presented a key. `scopes`: the key's scopes that the user's present roles still allow.
 
-    `key_id` is None for somebody who logged in with an identity provider and has no key. `expires_at`: when the key
-    ends, unless it is revoked before; None: it does not.
+    `key_id` is None for somebody who logged in with an identity provider and has no key; `login` is then the browser's
+    log-in by which they came, if they came by one: the gateway knows it. `expires_at`: when the key ends, unless
+    it is revoked before; None: it does not.
     """
 
     user_id: str
@@ -72,6 +73,7 @@ class Principal:
     roles: frozenset[str]
     scopes: frozenset[str]
     expires_at: datetime | None = None
+    login: str | None = None
 
     def require(self, scope: str) -> None:
         """Raises ScopeMissing."""
@@ -156,7 +158,7 @@ def prefix_of(presented: str) -> str:
 def still(connection: Connection, caller: Principal, at: datetime) -> Principal:
     """The same caller as of `at`. Raises what `authenticate` or `logged_in` would raise now."""
     if caller.key_id is None:
-        return logged_in(connection, caller.user_id)
+        return replace(logged_in(connection, caller.user_id), login=caller.login)
     key = connection.execute(_KEYS.where(ApiKey.key_id == caller.key_id)).mappings().first()
     if key is None:
         raise KeyUnknown

@@ -1,5 +1,6 @@
 """Who is asking. Every route under /v1 depends on this."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -41,7 +42,7 @@ async def authenticated(
         user_id = oidc.sessions.user_of(cookie)
         if user_id is None:
             raise SessionEnded("your log-in has ended; log in again")
-        return await _logged_in(service, user_id, "session")
+        return await _logged_in(service, user_id, "session", oidc.sessions.name_of(cookie))
     presented = _bearer(authorization)
     if oidc is not None and is_token(presented):
         return await _logged_in(service, await oidc.user_of(presented), "token")
@@ -102,10 +103,10 @@ async def _owner(service: Service, presented: str, scope: str) -> Principal:
     return principal
 
 
-async def _logged_in(service: Service, user_id: str, way: str) -> Principal:
+async def _logged_in(service: Service, user_id: str, way: str, login: str | None = None) -> Principal:
     principal = await run_in_threadpool(service.permissions.logged_in, user_id)
     request_record.current().fields |= {"user": principal.user_id, "login": way}
-    return principal
+    return replace(principal, login=login)
 
 
 ServiceDep = Annotated[Service, Depends(service_of)]

@@ -45,6 +45,15 @@ class Sessions:
         session = self._open.get(_digest(secret))
         return session.user_id if session is not None and session.ends > self._clock() else None
 
+    def name_of(self, secret: str) -> str:
+        """What ``holds`` knows the session by: its digest, which nobody can log in with."""
+        return _digest(secret)
+
+    def holds(self, name: str) -> bool:
+        """Whether the session goes on. May be called from any thread."""
+        session = self._open.get(name)
+        return session is not None and session.ends > self._clock()
+
     def close(self, secret: str) -> None:
         """End the session, if it is there."""
         self._open.pop(_digest(secret), None)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from inference_gateway.engine.base import Failed, Finished, GenerationRequest, Tokens
 from inference_gateway.engine.transformers_engine import TransformersEngine
@@ -18,7 +17,6 @@ from tests.inference_gateway.support import (
     Resident,
     ask,
     prompts,
-    random_adapter,
     resident,
     serve,
 )
@@ -325,47 +323,3 @@ def test_one_users_overflow_ends_that_request_and_reaches_nobody_else(
     expected = Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
     assert [answer.tokens for answer in answers[::2]] == [expected] * 3
     assert all(isinstance(answer.end, Failed) for answer in answers[1::2])
-
-
-@pytest.mark.parametrize("mode", ["prompt_evidence", "evidence", "per_token"])
-def test_forbidden_silos_change_no_bit_of_an_answer(model_dir: Path, plan: Plan, mode: str) -> None:
-    """Absent, present, holding NaNs, many, or being swapped: the same tokens from the same logits."""
-    mine = [resident(plan, "m-one", 1), resident(plan, "t-two", 2)]
-    text = prompts(1, seed=8)[0] + prompts(1, seed=9)[0]
-    forbidden = [resident(plan, name, 20 + i) for i, name in enumerate(("a-first", "n-middle", "z-last"))]
-    poisoned = []
-    for one in forbidden:
-        for module in one.adapter.modules.values():
-            module.q[0, 0], module.r[0, 0] = float("nan"), float("inf")
-        poisoned.append(Resident(one.key, one.adapter, one.statistics))
-    clean = [Resident(one.key, random_adapter(plan, 30 + i), one.statistics) for i, one in enumerate(forbidden)]
-
-    def logits_of(others: list[Resident], swapping: bool = False) -> tuple[list[int], list[torch.Tensor]]:
-        async def use(engine: TransformersEngine) -> Any:
-            seen: list[torch.Tensor] = []
-            pick = engine.steps.pick
-
-            def spy(request_ids: Any, logits: torch.Tensor) -> None:
-                seen.extend(logits[row].clone() for row, name in enumerate(request_ids) if name == "mine")
-                pick(request_ids, logits)
-
-            engine.steps.pick = spy  # type: ignore[method-assign]
-            asking = asyncio.create_task(ask(engine, "mine", text, [one.key for one in mine], mode, max_tokens=20))
-            revision = 2
-            while swapping and not asking.done():
-                for silo in ("a-first", "z-last"):
-                    one = resident(plan, silo, revision, revision)
-                    await engine.load(one.key, one.adapter, one.statistics)
-                    revision += 1
-            return (await asking).tokens, seen
-
-        tokens, seen = serve(model_dir, plan, use, [*mine, *others])
-        assert len(tokens) == len(seen)
-        return tokens, seen
-
-    tokens, logits = logits_of([])
-    crowd = [resident(plan, f"c{i:03d}", 100 + i) for i in range(70)]
-    for others, swapping in ((clean, False), (poisoned, False), (crowd, False), ([], True)):
-        again, bits = logits_of(others, swapping)
-        assert again == tokens
-        assert all(torch.equal(a, b) for a, b in zip(logits, bits, strict=True))

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,25 @@ def test_a_lost_role_ends_what_was_asked_with_a_key(policy: Policy) -> None:
         assert policy.lost() is None
         policy.store.set_roles("alice", ["auditor"], **HOW)
         assert policy.lost() == "access_ended"
+
+
+def test_a_log_out_ends_the_answers_of_its_session_and_no_others(policy: Policy) -> None:
+    open_ = {"this browser", "another"}
+    permissions = Permissions(policy.engine, PEPPER, lambda: policy.now, open_.__contains__)
+    alice, decision = permissions.logged_in("alice"), permissions.decide("alice")
+    here, there = replace(alice, login="this browser"), replace(alice, login="another")
+    with (
+        permissions.watching("here", here, decision, frozenset(["alpha"])),
+        permissions.watching("there", there, decision, frozenset()),
+    ):
+        assert permissions.withdrawn() == {} and permissions.lost(here, decision, frozenset()) is None
+        policy.store.create_user("bob", **HOW)  # all are looked at anew
+        assert permissions.withdrawn() == {}
+        open_.remove("this browser")
+        assert {name: failed.code for name, failed in permissions.withdrawn().items()} == {"here": "access_ended"}
+        failed = permissions.lost(here, decision, frozenset())
+        assert failed is not None and failed.code == "access_ended"
+    permissions.close()
 
 
 @pytest.mark.parametrize("act", ["disable", "role"])

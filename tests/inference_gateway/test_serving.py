@@ -1,9 +1,11 @@
 """What the gateway's server makes of clients that do not come to the point, with either of uvicorn's HTTP protocols."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from inference_gateway import serving
-from inference_gateway.serving import HeadersInTime, Protocol, config_of
+from inference_gateway.serving import Bounded, Protocol, config_of
 from inference_gateway.settings import Settings
 from tests.inference_gateway.conftest import wait_until
 
 WHOLE = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
 PATIENCE_S = 0.4
+MOST = 3
 
 
-class WithH11(HeadersInTime, H11Protocol):
-    pass
+class WithH11(Bounded, H11Protocol):
+    max_connections = MOST
 
 
-class WithHttptools(HeadersInTime, HttpToolsProtocol):
-    pass
+class WithHttptools(Bounded, HttpToolsProtocol):
+    max_connections = MOST
 
 
 async def slow_echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,9 +56,11 @@ def address(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         coordinator_public_key="none",
         policy_database_url="sqlite://",
         port=0,
+        max_connections=MOST,
     )
     config = config_of(slow_echo, settings)
-    assert config.http is Protocol
+    served = config.http
+    assert isinstance(served, type) and issubclass(served, Protocol) and served.max_connections == MOST
     config.http = request.param
     config.lifespan = "off"
     server = uvicorn.Server(config)
@@ -120,3 +125,23 @@ def test_a_body_an_answer_and_an_idle_connection_may_take_longer(address: tuple[
             connection.sendall(WHOLE[-2:])
             assert answer(connection).startswith(b"HTTP/1.1 200 OK")
             threading.Event().wait(2 * PATIENCE_S)
+
+
+def test_a_connection_too_many_is_refused_at_once_and_another_is_taken_when_one_has_gone(
+    address: tuple[str, int],
+) -> None:
+    with opened(address) as first, opened(address), opened(address):
+        first.sendall(WHOLE)
+        with opened(address) as refused:
+            head, _, body = b"".join(iter(lambda: refused.recv(1000), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"\r\nretry-after: 1" in head
+        error = json.loads(body)["error"]
+        assert error["code"] == "overloaded"
+        assert error["message"] == "this gateway has as many connections as it takes; try again later"
+        assert answer(first).startswith(b"HTTP/1.1 200 OK")
+    for _ in range(100):  # until the server has seen them go
+        with opened(address) as connection, suppress(ConnectionError):
+            connection.sendall(WHOLE)
+            if connection.recv(1000).startswith(b"HTTP/1.1 200 OK"):
+                return
+    raise AssertionError("no connection is taken any more")

@@ -78,6 +78,9 @@ def test_24_mixed_users_get_the_tokens_of_the_slow_reference(
     assert all(isinstance(user.end, Finished) for user in everybody)
     assert [user.tokens for user in everybody] == [user.expected for user in everybody]
     assert len({(user.silos, user.mode) for user in everybody}) == len(SETS) * len(MODES)
+    # The test can tell sets apart. (Two sets may well agree on the one silo that a whole prompt speaks for.)
+    others = [reference.answer(u.prompt, SETS[(i + 1) % 4], u.mode, LENGTH) for i, u in enumerate(everybody[:5])]
+    assert sum(user.expected != other for user, other in zip(everybody, others, strict=False)) >= 3
 
 
 def test_attribution_tells_in_how_many_modules_the_slow_reference_chose_each_silo(

@@ -131,6 +131,27 @@ def test_a_session_ends_at_the_log_out_even_for_who_kept_the_cookie(house: Runni
         assert other.models().status_code == 200
 
 
+def test_a_log_out_ends_what_is_being_written_for_its_session_and_nothing_else(house: Running) -> None:
+    long = BODY | {"stream": True, "max_tokens": 400}
+    with Browser(house.url) as browser, Browser(house.url) as other:
+        own = OWN_PAGE | {"Origin": house.url}
+        for one in (browser, other):
+            one.log_in()
+        with (
+            browser.http.stream("POST", "/v1/chat/completions", json=long, headers=own) as ended,
+            other.http.stream("POST", "/v1/chat/completions", json=long | {"max_tokens": 60}, headers=own) as whole,
+        ):
+            lines = (line.removeprefix("data: ") for line in ended.iter_lines() if line.startswith("data: "))
+            for _ in range(3):
+                next(lines)
+            with httpx.Client(base_url=house.url) as tab:  # of the same browser
+                cookie = f"seqr-session={browser.session}"
+                assert tab.post("/auth/logout", headers=OWN_PAGE | {"Cookie": cookie}).status_code == 204
+            last = json.loads([line for line in lines if line != "[DONE]"][-1])
+            assert last["error"]["code"] == "access_ended"
+            assert "data: [DONE]" in list(whole.iter_lines()) and whole.status_code == 200
+
+
 def test_a_made_up_cookie_is_no_session(house: Running) -> None:
     with Browser(house.url) as browser:
         for made_up in ("x" * 43, "alice"):
