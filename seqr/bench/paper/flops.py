@@ -42,19 +42,23 @@ def stored(method: str, adapters: int, rank: int, n: int, m: int) -> int:
 
 
 def measured(method: str, adapters: int, rank: int, n: int, m: int, k: int = LAG_K) -> int:
-    """Operations per token that torch's ``FlopCounterMode`` sees when the method's products are carried out."""
-    x, z = torch.randn(1, n), torch.randn(1, rank)
+    """Operations per token that torch's ``FlopCounterMode`` sees in the method's products, of tensors without data."""
+
+    def of(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta")
+
+    x, z = of(1, n), of(1, rank)
     kept = min(k, adapters)
     products: dict[str, Callable[[], object]] = {
         "naive": lambda: (
-            torch.mm(torch.randn(adapters * rank, n), x.T),
-            torch.bmm(torch.randn(adapters, m, rank), torch.randn(adapters, rank, 1)),
+            torch.mm(of(adapters * rank, n), x.T),
+            torch.bmm(of(adapters, m, rank), of(adapters, rank, 1)),
         ),
-        "spectr": lambda: torch.mm(torch.randn(adapters * rank, n), x.T),
-        "lag": lambda: (torch.mm(torch.randn(adapters, n), x.T), torch.mm(torch.randn(kept * rank, n), x.T)),
-        "arrow": lambda: torch.mm(torch.randn(adapters, n), x.T),
-        "seqr": lambda: torch.mm(torch.randn(adapters * rank, rank), z.T),
-        "ours": lambda: torch.mm(torch.randn(1, rank * (rank + 1) // 2), torch.randn(rank * (rank + 1) // 2, adapters)),
+        "spectr": lambda: torch.mm(of(adapters * rank, n), x.T),
+        "lag": lambda: (torch.mm(of(adapters, n), x.T), torch.mm(of(kept * rank, n), x.T)),
+        "arrow": lambda: torch.mm(of(adapters, n), x.T),
+        "seqr": lambda: torch.mm(of(adapters * rank, rank), z.T),
+        "ours": lambda: torch.mm(of(1, rank * (rank + 1) // 2), of(rank * (rank + 1) // 2, adapters)),
     }
     with FlopCounterMode(display=False) as counter:
         products[method]()
