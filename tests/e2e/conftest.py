@@ -15,14 +15,14 @@ from tests.e2e.recording_proxy import RecordingProxy
 TRAIN_TIMEOUT_S = 180.0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from seqr.models import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def recorded(tiny_base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     """Two silos, trained, admitted and served; the first one's bytes are recorded in clear."""
     world = World(tmp_path_factory.mktemp("federation"))
