@@ -28,13 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/seqr demo $(ARGS)
 
-# Four workers of one thread each: on two processors, as they often wait for servers that they have started. Of pytest's
+# Three workers of one thread each: on two processors, as one of them often waits for a server. Of pytest's
 # plugins those that are used: the others are loaded, and their packages rewritten, in every worker.
 test: export OMP_NUM_THREADS ?= 1
 test: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -p xdist -p timeout -p hypothesispytest \
-	  -n 4 --dist loadscope --no-loadscope-reorder $(ARGS)
+	  -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

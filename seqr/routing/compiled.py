@@ -32,6 +32,7 @@ Flags = npt.NDArray[np.bool_]
 
 CLIP, LEAST, NOTHING = np.float32(_CLIP), np.float32(_LEAST), np.float32(-math.inf)
 ROUNDING, BLOCK = 24.0 * UNIT, COLUMN_BLOCK
+FOUR_UNITS = np.float32(4.0 * UNIT)
 
 
 def _compiled(function: F) -> F:
@@ -220,6 +221,109 @@ def add_rows(y: Floats, z: Floats, b_t: Integers, column: Integers) -> None:
                 share[j] += z[t, k] * b[k, j]
         for j in range(outputs):
             y[t, j] += share[j]
+
+
+@_compiled
+def _leaf_scores(of_z: Floats, gram: Floats, offset: Floats, member: Flags, score: Floats) -> None:
+    """The scores of one leaf's members, of_z [F], gram [F, L], offset [L] -> score [L]; -inf where not member [L]."""
+    score[:] = np.float32(0.0)
+    even = of_z.shape[0] - of_z.shape[0] % 4
+    for k in range(0, even, 4):
+        f0, f1, f2, f3 = of_z[k], of_z[k + 1], of_z[k + 2], of_z[k + 3]
+        for m in range(score.shape[0]):
+            score[m] += (f0 * gram[k, m] + f1 * gram[k + 1, m]) + (f2 * gram[k + 2, m] + f3 * gram[k + 3, m])
+    for k in range(even, of_z.shape[0]):
+        for m in range(score.shape[0]):
+            score[m] += of_z[k] * gram[k, m]
+    for m in range(score.shape[0]):
+        s = np.sqrt(LEAST if score[m] < LEAST else score[m]) - offset[m]
+        score[m] = s if member[m] and s < np.inf else NOTHING
+
+
+@_compiled
+def _leaf_bounds(q: Floats, reach: Floats, ceiling: Floats, floor: np.float32, wide: np.float32, out: Floats) -> None:
+    """``seqr.routing.search.SearchIndex.bounds`` of one token, from the leaves' q [B] -> [B].
+
+    -inf where it is no number and where a leaf has nobody, ceiling [B]. floor, wide: 2 A and 8 u omax of ``Truth``.
+    """
+    for b in range(q.shape[0]):
+        raised = q[b] + floor
+        bound = np.sqrt(LEAST if raised < LEAST else raised) - reach[b]
+        bound = bound + abs(bound) * FOUR_UNITS + wide
+        bound = bound if bound < ceiling[b] else ceiling[b]
+        out[b] = bound if abs(bound) < np.inf else NOTHING
+
+
+@_compiled
+def search_leaves(
+    product: Floats,
+    reach: Floats,
+    ceiling: Floats,
+    of_z: Floats,
+    gram: Floats,
+    offset: Floats,
+    member: Flags,
+    columns: Integers,
+    z: Floats,
+    limits: Doubles,
+    r: Floats,
+    mu: Doubles,
+    sigma: Doubles,
+    column: Integers,
+) -> None:
+    """``seqr.routing.search.SearchIndex.route`` from the product of the leaves' bounds -> column [T].
+
+    product [T, B]; reach [B] and ceiling [T, B]: see ``_leaf_bounds``; of_z [T, F]: the features of z; gram [B, F, L],
+    offset and columns [B, L]: the members, L to a leaf; member [T, B, L]: those that are permitted. z, limits, r, mu,
+    sigma: as for ``choose_per_token``.
+    """
+    leaves, size = columns.shape
+    widest, slope, floor = limits[1], limits[2], limits[3]
+    score, y = np.empty(size, np.float32), np.empty(z.shape[1], np.float64)
+    bound, kept = np.empty(leaves, np.float32), np.empty(leaves * size, np.float32)
+    kept_column = np.empty(leaves * size, np.int64)
+    raised, wide = np.float32(2.0 * floor), np.float32(ROUNDING / 3.0 * widest)
+    for t in range(z.shape[0]):
+        column[t] = -1
+        length = 0.0
+        for k in range(z.shape[1]):
+            length += np.float64(z[t, k]) * np.float64(z[t, k])
+        # ``exact.margin``, but for the part that grows with the best score.
+        fixed = np.sqrt(length * slope + floor) + ROUNDING / 3.0 * widest
+        _leaf_bounds(product[t], reach, ceiling[t], raised, wide, bound)
+        first, largest = -1, NOTHING
+        for b in range(leaves):
+            if bound[b] > largest:
+                first, largest = b, bound[b]
+        if first < 0:
+            continue
+        # The leaf of largest bound, then each whose bound may still win.
+        best, least, count = NOTHING, -np.inf, 0
+        for step in range(-1, leaves):
+            b = first if step < 0 else step
+            if bound[b] < least or bound[b] == NOTHING or step == first:
+                continue
+            _leaf_scores(of_z[t], gram[b], offset[b], member[t, b], score)
+            for m in range(size):
+                if score[m] > best:
+                    best = score[m]
+                    least = best - (fixed + ROUNDING / 6.0 * abs(np.float64(best))) * (2.0 + 2.0**-10)
+                if score[m] > NOTHING and score[m] >= least:
+                    kept[count], kept_column[count] = score[m], columns[b, m]
+                    count += 1
+        most, rivals, at = -np.inf, 0, -1
+        for k in range(count):
+            if kept[k] >= least and kept_column[k] != at:
+                rivals, at = rivals + 1, kept_column[k]
+        column[t] = at
+        if rivals < 2:
+            continue
+        for k in range(count):
+            if kept[k] >= least:
+                n = kept_column[k]
+                true = _true_score(r[n], z[t], mu[n], sigma[n], y)
+                if true > most or (true == most and n < column[t]):
+                    most, column[t] = true, n
 
 
 def compile_now() -> None:

@@ -17,10 +17,12 @@ rounding, is below every score that could still win (``exact.margin``). So the a
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from seqr.routing.exact import TINY, UNIT, Truth, margin, settle_pairs
 from seqr.routing.features import feature_count, features, packed
+from seqr.routing.optional import compiled
 from seqr.routing.scores import LEAST, places
 
 LEAF = 8
@@ -33,7 +35,7 @@ _LEAVES_AT_ONCE = 1 << 9
 class SearchIndex:
     """N usable adapters in B leaves of 8.
 
-    bound fp32 [F, B] and reach fp32 [B], min o: the leaves' bounds; gram fp32 [B, 8, F], offset fp32 [B, 8] and column
+    bound fp32 [F, B] and reach fp32 [B], min o: the leaves' bounds; gram fp32 [B, F, 8], offset fp32 [B, 8] and column
     int64 [B, 8]: the members (a leaf that is not full repeats one of its own).
     """
 
@@ -66,7 +68,7 @@ class SearchIndex:
         return cls(
             packed(upper).T.to(torch.float32).contiguous(),
             offset.amin(1).to(torch.float32),
-            packed(form).to(torch.float32).view(*leaves.shape, count),
+            packed(form).to(torch.float32).view(*leaves.shape, count).transpose(1, 2).contiguous(),
             offset.to(torch.float32),
             leaves,
             truth,
@@ -87,6 +89,8 @@ class SearchIndex:
 
         A token so large that fp32 has no number for a bound gets nobody.
         """
+        if compiled is not None and z.device.type == "cpu":
+            return self._route_compiled(z, allowed)
         bound = self.bounds(z).clamp_max_(allowed.ceiling).nan_to_num_(-math.inf, -math.inf, -math.inf)
         leaf = bound.topk(min(_FIRST, bound.shape[1]), dim=1).indices
         token = places(z.shape[0], z.device)[:, None].expand_as(leaf).flatten()
@@ -99,14 +103,21 @@ class SearchIndex:
         pair, member = (score >= least[token][:, None]).nonzero(as_tuple=True)
         return settle_pairs(z, score[pair, member], token[pair], self.column[leaf[pair], member], self.truth)
 
+    def _route_compiled(self, z: torch.Tensor, allowed: "Allowed") -> torch.Tensor:
+        of_z, column = features(z), np.empty(z.shape[0], np.int64)
+        product = (of_z @ self.bound).numpy()
+        gram, offset, columns = self.gram.numpy(), self.offset.numpy(), self.column.numpy()
+        limits, r, mu, sigma = self.truth.arrays
+        compiled.search_leaves(
+            product, self.reach.numpy(), allowed.ceiling.numpy(), of_z.numpy(), gram, offset, allowed.member.numpy(),
+            columns, z.numpy(), limits, r, mu, sigma, column,
+        )  # fmt: skip
+        return torch.from_numpy(column)
+
     def _scores(self, z: torch.Tensor, token: torch.Tensor, leaf: torch.Tensor, allowed: "Allowed") -> torch.Tensor:
         """fp32 [P, 8]: the scores of the members of ``leaf`` for ``token``, which ascends; -inf for the forbidden."""
         of_z, counts = features(z), torch.bincount(token, minlength=z.shape[0]).tolist()
-        # One matrix-vector product a token: a batched product of as many small ones takes several times as long.
-        q = [
-            torch.mv(self.gram.index_select(0, some).flatten(0, 1), f).view(-1, LEAF)
-            for some, f in zip(torch.split(leaf, counts), of_z, strict=True)
-        ]
+        q = [f @ self.gram.index_select(0, some) for some, f in zip(torch.split(leaf, counts), of_z, strict=True)]
         score = torch.cat(q).clamp_min_(LEAST).sqrt_().sub_(self.offset.index_select(0, leaf))
         return score.masked_fill_(allowed.member[token, leaf].logical_not_(), -math.inf)
 

@@ -15,7 +15,7 @@ from seqr.factorize import factorize
 from seqr.keys import SealingKey, SigningKey
 from seqr.models import build_tiny_model, inspect_base_model
 from seqr.plan import GatewayKey, ModuleSpec, Plan, create_plan
-from seqr.routing import evidence, per_token
+from seqr.routing import evidence, per_token, search
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -25,7 +25,7 @@ def either_way(request: pytest.FixtureRequest) -> Iterator[str]:
     """On a CPU: with the compiled passes, and as without Numba."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            for module in (per_token, evidence, routed_linear):
+            for module in (per_token, evidence, routed_linear, search):
                 patch.setattr(module, "compiled", None)
         yield request.param
 

@@ -12,6 +12,8 @@ from seqr.bench.routing.adversary import assorted, cancelled, crossings, twins
 from seqr.routing.search import LEAF, SearchIndex
 from tests.seqr.exact_cases import plain_oracle
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 def index_of(shelf: Shelf, generator: torch.Generator) -> SearchIndex:
     return SearchIndex.build(shelf.truth, shelf.usable, torch.randn(200, shelf.r.shape[1], generator=generator))

@@ -34,7 +34,7 @@ def test_a_gateway_takes_log_ins_from_its_settings_and_logs_no_secret(
     url = configure(world, f'issuer = "{provider.issuer}"', 'client_secret_file = "oidc.secret"')
     process = serve(world.settings.directory)
     try:
-        wait_until(lambda: alive(url), 60)
+        wait_until(lambda: alive(url), 120)
         with Browser(url) as browser:
             back = browser.begin()
             assert browser.come_back(back) == "/"
