@@ -117,10 +117,9 @@ def _search(rows: Sequence[Report]) -> str:
     head = ["adapters", "N", "r", "T", *(rows[0]["seconds"] if rows else ()), "search against the faster full one"]
     note = (
         "Bar: 3x on adapters built around trained ones (`seqr/bench/routing/trained.py` says how). From z.\n\n"
-        "Why it is no more: the bounds alone are an eighth of the full product, so the gain is below 8. A token opens "
-        "a few percent of the leaves, but reads them here and there, while the product streams through memory; and "
-        "tokens open different leaves: 32 of them together read about as much as the product, which reads everything "
-        "once for all. What search beats is the exact product in use, which multiplies 16 rows even for one token.\n"
+        "What limits it: the bounds alone are an eighth of the full product, so the gain is below 8. A token opens a "
+        "few percent of the leaves. 32 tokens open different ones, each for itself and all on one thread, while the "
+        "product reads every adapter once for all of them, on all threads: search is for few tokens at a time.\n"
     )
     return "## Exact search\n\n" + note + "\n" + _table([*head, "leaves opened", "index built in", "same"], lines)
 
