@@ -32,7 +32,7 @@ def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the silo's settings and keys will lie.")],
     silo_id: Annotated[str, typer.Option(help="The silo's id in the federation.")],
     coordinator_key: Annotated[str, typer.Option(help="The coordinator's public key (base64): the only one trusted.")],
-    base_model: Annotated[str, typer.Option(help="A model directory, a GGUF file or a hub id.")],
+    base_model: Annotated[str, typer.Option(help="A model directory, a GGUF file, or hub:OWNER/NAME.")],
     data: Annotated[list[Path], typer.Option(help="A .jsonl or .csv file of records; may be given several times.")],
     display_name: Annotated[str, typer.Option(help="The owner's name, as people should see it.")] = "",
     coordinator_url: Annotated[str, typer.Option(help="https://… of the coordinator.")] = "",
@@ -51,6 +51,7 @@ def init(
     ] = None,
 ) -> None:
     """Make a silo: settings, keys and salt. Sends nothing."""
+    from seqr.keys import VerifyKey
     from silo_client.config import CONFIG_NAME
     from silo_client.errors import NO_SUBJECT_COLUMN, AlreadyInitialised
     from silo_client.setup import base_model_setting, initialise, portable
@@ -58,6 +59,7 @@ def init(
 
     if (directory / CONFIG_NAME).exists():
         raise AlreadyInitialised(f"{directory / CONFIG_NAME} exists; edit it, or choose another directory")
+    VerifyKey.from_b64(coordinator_key)  # before a base model is prepared, which takes a while
     authority = None if ca_file is None else portable(directory, ca_file)
     config = initialise(
         directory,

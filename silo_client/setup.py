@@ -9,10 +9,11 @@ from typing import Any
 from seqr.keys import VerifyKey
 from silo_client.config import CONFIG_NAME, FORMATS, SiloConfig, load_config, render_config
 from silo_client.enrol import create_node_key
-from silo_client.errors import AlreadyInitialised, ConfigInvalid, DataFileMissing
+from silo_client.errors import AlreadyInitialised, BaseModelMissing, ConfigInvalid, DataFileMissing
 from silo_client.state import State, atomic_write
 
 BASE_MODEL_FOLDER = "base-model"
+HUB = "hub:"
 # Columns taken up by themselves when the first row of the data has them and no option says otherwise.
 SUBJECT = "subject"
 USUAL_COLUMNS = {"subject_column": (SUBJECT,), "key_column": ("key",)}
@@ -42,14 +43,22 @@ def initialise(directory: Path, values: dict[str, Any], data: list[Path], column
 
 
 def base_model_setting(directory: Path, source: str) -> str:
-    """What to write for ``base_model``: a model directory as it is, anything else after preparing it once."""
+    """What to write for ``base_model``: a model directory as it is, anything else after preparing it once.
+
+    Only what begins with ``hub:`` is asked of the model hub. Raises BaseModelMissing.
+    """
     path = Path(source)
     if (path / "config.json").is_file():
         return portable(directory, path)
+    if not source.startswith(HUB) and not path.exists():
+        raise BaseModelMissing(
+            f"there is no base model at {source}; give a model directory, a .gguf file, or {HUB}OWNER/NAME to fetch "
+            "one from the model hub"
+        )
     from seqr.models import prepare_base_model
 
     directory.mkdir(parents=True, exist_ok=True)
-    prepare_base_model(source, directory / BASE_MODEL_FOLDER)
+    prepare_base_model(source.removeprefix(HUB), directory / BASE_MODEL_FOLDER)
     return BASE_MODEL_FOLDER
 
 

@@ -85,6 +85,29 @@ def test_init_with_a_key_that_is_none_leaves_nothing_behind(seqr: Seqr, federati
     assert not (tmp_path / "s" / "silo.toml").exists()
 
 
+def test_init_asks_no_hub_for_a_base_model_that_is_not_there(
+    seqr: Seqr, federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("{}\n")
+    asked: list[str] = []
+    monkeypatch.setattr("seqr.models.prepare_base_model", lambda source, _to: asked.append(source))
+
+    def args(model: str) -> list[object]:
+        given = init_args(tmp_path / "s", federation, data)
+        return [model if arg == federation.model else arg for arg in given]
+
+    status, said = seqr(*args("models/base"))
+    assert (status, said.strip()) == (
+        1,
+        "error[base_model_missing]: there is no base model at models/base; give a model directory, a .gguf file, or "
+        "hub:OWNER/NAME to fetch one from the model hub",
+    )
+    assert not (tmp_path / "s").exists() and asked == []
+    seqr(*args("hub:models/base"))
+    assert asked == ["models/base"]
+
+
 def test_init_with_a_missing_data_file_names_it(seqr: Seqr, federation: Federation, tmp_path: Path) -> None:
     status, said = seqr(*init_args(tmp_path / "s", federation, tmp_path / "none.jsonl"))
     assert (status, said.partition(":")[0]) == (1, "error[data_file_missing]")
