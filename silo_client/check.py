@@ -92,7 +92,7 @@ def _data(config: SiloConfig, state: State, plan: Plan | None) -> Iterator[Findi
     if all(source.subject_column is None for source in config.data):
         yield Finding(NO_SUBJECT_COLUMN, note=True)
     if number:
-        yield Finding(f"{number} records{tokens} can be trained on")
+        yield Finding(f"{number} record{'' if number == 1 else 's'}{tokens} can be trained on")
     else:
         yield _bad(NoRecords("no record can be trained on"))
 

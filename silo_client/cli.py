@@ -194,8 +194,11 @@ def forget(
             rows = count(config, subject)
             typer.confirm(f"Erase {rows} rows from the data files, and every adapter trained so far?", abort=True)
         removed = forget_subject(config, state, subject)
-    out.print(f"{removed} records are gone from the data files, and so is every adapter and checkpoint made with them")
-    out.print("a gateway still holds the adapter sent last: ask the coordinator for a deletion or a new training")
+    gone = "1 record is gone" if removed == 1 else f"{removed} records are gone"
+    out.print(f"{gone} from the data files, and so is every adapter and checkpoint made with them")
+    out.print(
+        "a gateway still holds the adapter sent last, if any: ask the coordinator for a deletion or a training"
+    )
 
 
 def _say(sentence: str) -> None:
