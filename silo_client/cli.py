@@ -196,9 +196,7 @@ def forget(
         removed = forget_subject(config, state, subject)
     gone = "1 record is gone" if removed == 1 else f"{removed} records are gone"
     out.print(f"{gone} from the data files, and so is every adapter and checkpoint made with them")
-    out.print(
-        "a gateway still holds the adapter sent last, if any: ask the coordinator for a deletion or a training"
-    )
+    out.print("a gateway still holds the adapter sent last, if any: ask the coordinator for a deletion or a training")
 
 
 def _say(sentence: str) -> None:
