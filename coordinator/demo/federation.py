@@ -92,7 +92,8 @@ class Federation:
 
     def start_gateway(self) -> None:
         """``seqr gateway serve``; ``wait_for_gateway`` says when it is ready."""
-        places = {"SEQR_GATEWAY_MAX_CONCURRENT": str(STREAMS)}
+        # The last of them waits for the first to end, which on a busy machine takes longer than a queue usually lets wait.
+        places = {"SEQR_GATEWAY_MAX_CONCURRENT": str(STREAMS), "SEQR_GATEWAY_QUEUE_TIMEOUT_SECONDS": "600"}
         self.world.start("gateway", "gateway", "serve", "--dir", str(self.world.gateway), environment=places)
 
     def wait_for_gateway(self) -> None:
