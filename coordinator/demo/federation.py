@@ -92,7 +92,7 @@ class Federation:
 
     def start_gateway(self) -> None:
         """``seqr gateway serve``; ``wait_for_gateway`` says when it is ready."""
-        # The last of them waits for the first to end, which on a busy machine takes longer than a queue usually lets wait.
+        # The last one waits for the first to end, on a busy machine longer than a queue usually lets it.
         places = {"SEQR_GATEWAY_MAX_CONCURRENT": str(STREAMS), "SEQR_GATEWAY_QUEUE_TIMEOUT_SECONDS": "600"}
         self.world.start("gateway", "gateway", "serve", "--dir", str(self.world.gateway), environment=places)
 
