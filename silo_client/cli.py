@@ -51,22 +51,18 @@ def init(
     ] = None,
 ) -> None:
     """Make a silo: settings, keys and salt. Sends nothing."""
-    from seqr.keys import VerifyKey
     from silo_client.config import CONFIG_NAME
-    from silo_client.errors import NO_SUBJECT_COLUMN, AlreadyInitialised
-    from silo_client.setup import base_model_setting, initialise, portable
+    from silo_client.errors import NO_SUBJECT_COLUMN
+    from silo_client.setup import initialise, portable
     from silo_client.state import State
 
-    if (directory / CONFIG_NAME).exists():
-        raise AlreadyInitialised(f"{directory / CONFIG_NAME} exists; edit it, or choose another directory")
-    VerifyKey.from_b64(coordinator_key)  # before a base model is prepared, which takes a while
     authority = None if ca_file is None else portable(directory, ca_file)
     config = initialise(
         directory,
         {
             "silo_id": silo_id,
             "display_name": display_name or silo_id,
-            "base_model": base_model_setting(directory, base_model),
+            "base_model": base_model,
             "share_counts": False,
             "skip_bad": False,
             "threads": threads or os.cpu_count() or 1,

@@ -22,17 +22,20 @@ USUAL_COLUMNS = {"subject_column": (SUBJECT,), "key_column": ("key",)}
 def initialise(directory: Path, values: dict[str, Any], data: list[Path], columns: dict[str, str | None]) -> SiloConfig:
     """Write ``silo.toml`` and make the state directory; nothing is sent anywhere.
 
+    The base model comes last, see ``base_model_setting``: preparing it takes a while.
+
     Raises:
         AlreadyInitialised: there is a ``silo.toml``; it is left as it is.
-        ConfigInvalid, KeyInvalid, DataFileMissing: a value cannot be used; nothing is left behind.
+        ConfigInvalid, KeyInvalid, DataFileMissing, BaseModelMissing: a value cannot be used; nothing is left behind.
     """
     path = directory / CONFIG_NAME
     if path.exists():
         raise AlreadyInitialised(f"{path} exists; edit it, or choose another directory for another silo")
     VerifyKey.from_b64(values["coordinator"]["public_key"])
     sources = [_source(directory, file, columns) for file in data]
+    base_model = base_model_setting(directory, values["base_model"])
     directory.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, render_config({**values, "data": sources}).encode())
+    atomic_write(path, render_config({**values, "base_model": base_model, "data": sources}).encode())
     try:
         config = load_config(directory)
     except ConfigInvalid:
