@@ -30,7 +30,7 @@ class Settings(FileSettings):
     # For a reverse proxy on the same network that speaks TLS to the outside.
     allow_plain_http: bool = False
 
-    # Where silos reach the SuperLink over TLS.
+    # Where the filter listens through which silos reach the SuperLink, over TLS.
     superlink_host: str = "127.0.0.1"
     superlink_port: int = Field(default=8000, ge=1, le=65535)
     superlink_certfile: Path | None = None

@@ -64,11 +64,11 @@ def enrol(config: SiloConfig, state: State) -> Enrolled:
 
 
 def reach(config: SiloConfig) -> None:
-    """Raise CoordinatorUnreachable unless the coordinator answers that it is well."""
+    """Raise CoordinatorUnreachable unless the coordinator, or a proxy before it, answers that it is well."""
     response = _call(config, "GET", "/healthz")
-    if response.status_code != 200:
+    if not response.is_success:
         raise CoordinatorUnreachable(
-            f"{config.coordinator.url} answers with status {response.status_code}, expected 200"
+            f"{config.coordinator.url} answers with status {response.status_code}, expected 200 or another 2xx"
         )
 
 

@@ -331,6 +331,24 @@ def shake_hands(server: ssl.SSLContext, ca: Path, name: str) -> None:
     assert sides[0].getpeercert()
 
 
+def test_a_renewed_certificate_is_of_the_same_ca_and_no_other_secret_changes(secrets_folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in secrets_folder.iterdir()}
+    renew = ["sh", str(ROOT / "docker" / "make-secrets.sh"), "--renew", str(secrets_folder), "new.example.org"]
+    subprocess.run(renew, check=True, capture_output=True)
+    after = {path.name: path.read_bytes() for path in secrets_folder.iterdir()}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {"tls_key", "tls_certificate"}
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(secrets_folder / "tls_certificate", secrets_folder / "tls_key")
+    for name in ("superlink", "new.example.org"):
+        shake_hands(server, secrets_folder / "ca_certificate", name)
+    (secrets_folder / "ca.key").unlink()
+    refused = subprocess.run(renew, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "holds no ca.key; bring it back, it signs the new certificate" in refused.stderr
+    assert (secrets_folder / "tls_key").read_bytes() == after["tls_key"]
+
+
 def test_secrets_are_never_overwritten(secrets_folder: Path) -> None:
     before = (secrets_folder / "postgres_password").read_text()
     again = subprocess.run(

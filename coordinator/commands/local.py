@@ -25,9 +25,9 @@ def init(
     database_url: Annotated[str, typer.Option(help="Default: a SQLite file in the state directory.")] = "",
     policy_database: Annotated[str, typer.Option(help="URL of the policy database (`seqr policy init`).")] = "",
     policy_pepper_file: OptionalFile = None,
-    host: str = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address on which the REST API listens.")] = "127.0.0.1",
     port: int = 8443,
-    superlink_host: Annotated[str, typer.Option(help="Where silos will reach the SuperLink.")] = "127.0.0.1",
+    superlink_host: Annotated[str, typer.Option(help="Address on which the silos' port listens.")] = "127.0.0.1",
     superlink_port: int = 8000,
     as_json: AsJson = False,
 ) -> None:

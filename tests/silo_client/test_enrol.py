@@ -22,7 +22,7 @@ from .conftest import Silo
 class Coordinator(HTTPServer):
     """Answers every request with ``answer`` and keeps what it was sent."""
 
-    answer: tuple[int, dict[str, Any]] = (202, {})
+    answer: tuple[int, dict[str, Any] | None] = (202, {})
     received: dict[str, Any] = {}
 
 
@@ -37,7 +37,8 @@ class Handler(BaseHTTPRequestHandler):
         status, body = self.server.answer
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
+        if body is not None:
+            self.wfile.write(json.dumps(body).encode())
 
     def log_message(self, *_args: object) -> None:
         pass
@@ -91,9 +92,16 @@ def test_a_coordinator_that_is_not_there_is_named(silo: Silo, coordinator: Coord
 def test_reach_asks_for_health(silo: Silo, coordinator: Coordinator) -> None:
     coordinator.answer = (200, {})
     reach(silo.config)
-    coordinator.answer = (503, {})
-    with pytest.raises(CoordinatorUnreachable, match="status 503"):
-        reach(silo.config)
+    for status in (302, 404, 503):
+        coordinator.answer = (status, {})
+        with pytest.raises(CoordinatorUnreachable, match=f"status {status}, expected 200 or another 2xx"):
+            reach(silo.config)
+
+
+def test_a_proxy_that_is_well_without_a_body_is_reached(silo: Silo, coordinator: Coordinator) -> None:
+    """nginx, as docker/nginx.conf sets it up, answers /healthz itself, with 204."""
+    coordinator.answer = (204, None)
+    reach(silo.config)
 
 
 def test_settings_without_a_url_or_with_a_broken_ca_file_are_named(make_silo: Callable[..., Silo]) -> None:
