@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -19,7 +20,9 @@ from cryptography import x509
 
 from coordinator.api import create_app
 from coordinator.certs import make_certificates
+from coordinator.deletions import State
 from coordinator.errors import CertificateExists, InsecureListen
+from coordinator.revisions import RevisionState
 from coordinator.serve import require_tls
 from coordinator.settings import Settings, load_settings, make_settings
 from seqr.cli import main
@@ -199,6 +202,16 @@ def test_the_operators_page_names_every_setting_with_its_default() -> None:
         assert f"{fields[name].default:g}" in told[name].replace(",", "").split(), name
     for name in ("job_attempts", "max_pending_enrolments", "loop_seconds"):
         assert told[name].strip() == str(fields[name].default), name
+
+
+def test_the_operators_page_says_what_every_state_of_a_deletion_and_of_a_revision_means() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+    part = page.partition("## Deletion requests\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+    assert sorted(name.strip(" `") for row in rows for name in row.split(",")) == sorted(State)
+    line = next(line for line in page.splitlines() if line.startswith("- A revision is `staged`"))
+    explained = page[page.index(line) :].partition("\n- ")[0]
+    assert {f"`{state}`" for state in RevisionState} <= set(re.findall(r"`\w+`", explained))
 
 
 def test_help_is_quick_and_loads_no_model(run: Run) -> None:

@@ -412,3 +412,11 @@ def test_the_limits_in_the_operators_page_are_settings() -> None:
     settings = Settings(directory=Path("."), **tomllib.loads(toml[1]))
     assert settings.limits.user.limits() == Limits(60, 40_000, 1_000_000, 8)
     assert settings.limits.key.limits() == Limits(concurrent_requests=4)
+
+
+def test_the_operators_page_names_every_setting_of_the_gateway() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+    part = page.partition("## The gateway's settings\n")[2].partition("\n## The coordinator's settings")[0]
+    part += page.partition("## Limits and fairness\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"[`\[](\w+)[`.\]]", part))
+    assert set(Settings.model_fields) - {"directory"} <= named

@@ -1,10 +1,18 @@
 """silo.toml: one clear sentence for every mistake in it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from silo_client.config import load_config, render_config
+from silo_client.config import (
+    CoordinatorSettings,
+    DataSource,
+    SiloConfig,
+    SuperLinkSettings,
+    load_config,
+    render_config,
+)
 from silo_client.errors import ConfigInvalid, ConfigMissing
 
 from .conftest import Silo
@@ -76,3 +84,24 @@ def test_what_init_writes_reads_back_the_same_even_with_quotes_and_umlauts(silo:
     assert config.display_name == values["display_name"]
     assert config.data[0].subject_column == "wer"
     assert config.share_counts and config.skip_bad
+
+
+def test_the_data_owners_page_names_every_setting_and_the_defaults_of_the_simple_ones() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data-owner.md").read_text()
+    part = page.partition("## Settings\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`\[*(\w+)\]*`", part))
+    for settings in (SiloConfig, DataSource, CoordinatorSettings, SuperLinkSettings):
+        assert set(settings.model_fields) <= named, settings
+    rows = [line.split("|")[1:3] for line in part.splitlines() if line.startswith("| `")]
+    told = {names.strip(" `"): default.strip() for names, default in rows}
+    for name in ("threads", "device", "skip_bad", "share_counts"):
+        assert told[name].partition(";")[0] == str(SiloConfig.model_fields[name].default).lower(), name
+
+
+def test_settings_in_tables_can_be_set_from_the_environment_one_by_one(
+    silo: Silo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load_config(silo.directory).coordinator
+    monkeypatch.setenv("SEQR_SILO_COORDINATOR__URL", "https://elsewhere.example")
+    after = load_config(silo.directory).coordinator
+    assert (after.url, after.public_key) == ("https://elsewhere.example", before.public_key)
