@@ -14,7 +14,6 @@ What is used and why:
 ``tests/inference_gateway/test_batching_edge.py`` fails by name when any of it moves.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ import torch
 import transformers
 from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, requests, scheduler
+from transformers.generation.continuous_batching import cache, continuous_api
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
-from transformers.generation.continuous_batching.cache_allocators.cache_allocator import BlockLedger
 
 from inference_gateway.engine import attention, invariant
+from inference_gateway.engine.limits import EngineLimits
 from inference_gateway.engine.linears import FewRowsLinear, replace_linears
 from inference_gateway.engine.prefixes import block_name
 from inference_gateway.engine.stepper import Batch, Output, Slice, Stepper
@@ -50,19 +49,8 @@ class BatchingEdge:
 
     _stepper: Stepper
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        max_requests: int,
-        max_batch_tokens: int,
-        kv_tokens: int,
-        page_size: int,
-        prefix_sharing: bool = False,
-        deterministic: bool = False,
-        threads: int | None = None,
-    ):
-        """threads: see ``EngineLimits``."""
+    def __init__(self, model: Any, limits: EngineLimits):
+        """Raises ``EngineIncompatible`` for another transformers, or a model that is served by no path here."""
         check_version()
         kinds = set(cache.group_layers_by_attn_type(model.config.get_text_config()))
         if kinds != {"full_attention"}:
@@ -70,29 +58,29 @@ class BatchingEdge:
                 f"the base model has layers of {', '.join(sorted(kinds))}; this engine serves full attention only"
             )
         self._model = model
-        self._deterministic = deterministic
+        self._deterministic = limits.deterministic
         self._on_gpu = model.device.type == "cuda"
         if self._on_gpu:
             # cuDNN plans its attention anew for every shape, and every step brings new lengths.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        if deterministic:
+        if limits.deterministic:
             invariant.make_invariant(model)
         elif model.device.type == "cpu" and model.dtype == torch.float32:
             replace_linears(model, FewRowsLinear)
         AttentionInterface.register(attention.NAME, attention.paged_attention)
         AttentionInterface.register(invariant.NAME, invariant.invariant_attention)
-        model.set_attn_implementation(invariant.NAME if deterministic else attention.NAME)
+        model.set_attn_implementation(invariant.NAME if limits.deterministic else attention.NAME)
         self._manager = _Manager(
             model=model,
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=page_size,
-                num_blocks=-(-kv_tokens // page_size),
-                max_batch_tokens=max_batch_tokens,
-                max_requests_per_batch=max_requests,
+                page_size=limits.page_size,
+                num_blocks=-(-limits.kv_tokens // limits.page_size),
+                max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
+                max_requests_per_batch=limits.max_concurrent,
                 max_blocks_per_request=0,
                 cpu_offload_space=0.0,
-                allow_block_sharing=prefix_sharing,
+                allow_block_sharing=limits.prefix_sharing,
                 use_async_batching=False,
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,
@@ -100,7 +88,7 @@ class BatchingEdge:
         )
         self._manager.edge = self
         logging.getLogger("ContinuousBatchingLogger").addFilter(_names_no_token)
-        self.threads = threads
+        self.threads = limits.threads
         self._manager.output_router = _Router(self._hand_over)
         self._manager.logit_processor.logits_processor.append(_Picker(self._pick))
         self._manager.logit_processor.do_processing = True
@@ -362,45 +350,3 @@ def check_version() -> None:
             f"this gateway drives transformers {TRANSFORMERS}, but {transformers.__version__} is installed; "
             f"install transformers=={TRANSFORMERS}"
         )
-
-
-# Everything private that this file and its subclasses rely on, as (owner, name, parameters that must exist).
-PRIVATE_EDGE: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-    (continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", ("model", "auto_switch_to_flash")),
-    (continuous_api.ContinuousBatchingManager, "_generation_step", ()),
-    (continuous_api.ContinuousBatchingManager, "_generation_loop_body", ("batch_processor", "bootstrapping")),
-    (continuous_api.ContinuousBatchingManager, "_create_batch_processor", ()),
-    (continuous_api.ContinuousBatchingManager, "cancel_request", ("request_id",)),
-    (continuous_api.ContinuousBatchingManager, "pause", ()),
-    (continuous_api.OutputRouter, "deliver", ("output",)),
-    (continuous_api.OutputRouter, "deliver_batch", ("outputs",)),
-    (continuous_api.OutputRouter, "fail_and_deliver", ("state", "error")),
-    (continuous_api.ContinuousBatchProcessor, "handle_batch_error", ("error",)),
-    (continuous_api.ContinuousBatchProcessor, "fail_all_requests", ("error",)),
-    (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ("requests_in_batch",)),
-    (cache, "group_layers_by_attn_type", ("config",)),
-    (cache.PagedAttentionCache, "update", ("key_states", "value_states", "layer_idx", "kwargs")),
-    (cache.PagedAttentionCache, "search_prefix_match", ("request_id", "prompt_ids")),
-    (cache.PagedAttentionCache, "mark_complete_blocks", ("state", "complete_blocks")),
-    (requests.RequestState, "to_generation_output", ()),
-    (scheduler.Scheduler, "finish_request", ("request_id",)),
-    (scheduler.Scheduler, "set_request_cancellation", ("request_id",)),
-    (FullAttentionCacheAllocator, "get_read_indices", ("request_id", "past_length", "query_length")),
-    (FullAttentionCacheAllocator, "update", ("read_index", "write_index")),
-    (FullAttentionCacheAllocator, "acquire_prefix_blocks", ("request_id", "prefix_len", "block_ids")),
-    (BlockLedger, "register_new_hash", ("block_id", "block_hash")),
-    (BlockLedger, "evict_cached_blocks", ()),
-)
-
-
-def missing_edge() -> list[str]:
-    """The names of private parts that are no longer where this file expects them; empty when all is well."""
-    gone = []
-    for owner, name, parameters in PRIVATE_EDGE:
-        member = getattr(owner, name, None)
-        known = set(inspect.signature(member).parameters) if callable(member) else set()
-        if member is None or not set(parameters) <= known:
-            gone.append(f"{owner.__name__}.{name}({', '.join(parameters)})")
-    if not {"state", "has_new_token", "query_length"} <= set(requests.FutureRequestState.__slots__):
-        gone.append("FutureRequestState.__slots__")
-    return gone

@@ -3,13 +3,12 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from inference_gateway.engine.attribution import Part, attribute, attributed_parts, prompt_margin, watched_tokens
-from inference_gateway.engine.base import Failed, Finished, StepGuard
+from inference_gateway.engine.base import Counters, Failed, Finished, StepGuard
 from inference_gateway.engine.passes import BROKEN, REPLACED, Passes
 from inference_gateway.engine.prefixes import reach_of
 from inference_gateway.engine.residents import Residents
@@ -24,19 +23,6 @@ if TYPE_CHECKING:  # needs Triton
     from inference_gateway.engine.kernel_routing import KernelStep
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """See ``EngineInfo``."""
-
-    steps: int = 0
-    step_seconds: float = 0.0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
 
 
 class Steps:

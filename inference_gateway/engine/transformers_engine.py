@@ -54,16 +54,7 @@ class TransformersEngine:
         self._changing = threading.Lock()
         self._admission = asyncio.Semaphore(limits.max_concurrent)
         self._waiting = 0
-        self._edge = BatchingEdge(
-            model,
-            max_requests=limits.max_concurrent,
-            max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
-            kv_tokens=limits.kv_tokens,
-            page_size=limits.page_size,
-            prefix_sharing=limits.prefix_sharing,
-            deterministic=limits.deterministic,
-            threads=limits.threads,
-        )
+        self._edge = BatchingEdge(model, limits)
         self._passes = Passes(self._edge, self._sequences, limits.prefix_sharing)
         self.steps = Steps(self._residents, self._sequences, self._passes, guard, len(plan.modules))
 
