@@ -142,19 +142,6 @@ class Library:
         self._require(silo_id)
         return self._with([column for column in self._columns if column.silo_id != silo_id])
 
-    def module(self, name: str) -> ModuleStack:
-        """The stack of one module; raises ``KeyError``."""
-        return self.stacks[self._index[name]]
-
-    def column(self, silo_id: str) -> int:
-        """The column of a silo; raises ``SiloNotPresent``."""
-        self._require(silo_id)
-        return self.silos.index(silo_id)
-
-    def revision(self, silo_id: str) -> int:
-        """The revision resident for a silo; raises ``SiloNotPresent``."""
-        return self.columns[self.column(silo_id)][1]
-
     def permission_row(self, silos: Iterable[str]) -> torch.Tensor:
         """bool [N] on the CPU: True for the silos named and present; a silo that is not present is simply not there."""
         named = frozenset(silos)
@@ -251,15 +238,6 @@ class PermissionRows:
             self._rows[wanted] = len(self._sets)
             self._sets.append(wanted)
         return self._rows[wanted]
-
-    def silos(self, row: int) -> frozenset[str]:
-        """The set that ``row`` stands for, whether its silos are present or not."""
-        return self._sets[row]
-
-    def rebind(self, library: Library) -> None:
-        """Follow the library to new columns: every row keeps its number and its set."""
-        self.library = library
-        self._table = self._build()
 
     def _build(self) -> torch.Tensor:
         with torch.inference_mode(False):
