@@ -7,9 +7,9 @@ What is used and why:
 - A forward pre-hook sees ``cu_seq_lens_q`` and ``position_ids`` of the flat batch, and says in which order the cache is
   read (``read_index``); ``requests_in_batch`` names its sequences in the same order, in chunked prefill too.
   ``logits_processor_args`` would not do: it leaves out sequences that get no token in this step.
-- A logits processor at the end of the list draws tokens request by request; the library would sample all alike.
+- A logits processor at the end of the list draws tokens request by request; transformers would sample all alike.
 - The output router hands tokens over on the worker's thread, once per step, before anybody else sees them.
-- Cache blocks are shared by the library's ledger, but under names of ours: its own cover the tokens and nothing else.
+- Cache blocks are shared by transformers' ledger, but under names of ours: its own cover the tokens and nothing else.
 
 ``tests/inference_gateway/test_batching_edge.py`` fails by name when any of it moves.
 """
@@ -37,7 +37,7 @@ from seqr.step import reset_context, set_context
 TRANSFORMERS = "5.23.0"
 # A worker that cannot finish a single step is broken; one bad step now and then is not.
 MAX_FAILED_STEPS = 5
-# What the library's log would say with tokens in it.
+# What transformers' log would say with tokens in it.
 WITH_TOKENS = ("Request with ids", "generated a useless token")
 STOPPED = "the engine's worker has stopped; the gateway has to be restarted"
 
@@ -150,7 +150,7 @@ class BatchingEdge:
 
     @property
     def _blocks(self) -> FullAttentionCacheAllocator:
-        """The library's allocator of KV blocks: one, as all layers are of full attention."""
+        """The allocator of KV blocks: one, as all layers are of full attention."""
         (allocator,) = self._manager.batch_processor.cache.cache_allocators.values()
         return allocator
 
@@ -185,8 +185,8 @@ class BatchingEdge:
         if "cache" not in kwargs:  # a plain forward pass, not the worker's
             return args, kwargs
         if self._on_gpu:
-            # This runs on the library's own stream. The batch was written on the default one, where other threads put
-            # libraries and permission rows, too; the library does not wait for it.
+            # This runs on transformers' own stream. The batch was written on the default one, where other threads put
+            # libraries and permission rows, too; nobody else waits for it.
             torch.cuda.current_stream(self._model.device).wait_stream(torch.cuda.default_stream(self._model.device))
         pending = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
@@ -204,11 +204,11 @@ class BatchingEdge:
         if self._deterministic:
             kwargs["sequence_lengths"] = tuple(zip(lengths, keys, strict=True))
         else:
-            plan = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
-            if plan.order is not None:
+            split = attention.split_batch(lengths, keys, kwargs["input_ids"].device)
+            if split.order is not None:
                 # The keys come out of the cache as the attention wants them, instead of being sorted in every layer.
-                kwargs["read_index"] = [index[plan.order] for index in kwargs["read_index"]]
-            kwargs["attention_plan"] = plan
+                kwargs["read_index"] = [index[split.order] for index in kwargs["read_index"]]
+            kwargs["batch_split"] = split
         return args, kwargs
 
     def _step(self, forward: Callable[[], None]) -> None:
@@ -277,13 +277,13 @@ class _StepFailed(Exception):
 
 
 class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
-    """The library's worker, made to survive a failed step."""
+    """The worker, made to survive a failed step."""
 
     edge: BatchingEdge
     failed_steps = 0
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """Keep the attention that was set: the library would refuse a name it does not know."""
+        """Keep the attention that was set: transformers would refuse a name it does not know."""
 
     def _create_batch_processor(self) -> Any:
         if self.edge.threads is not None:
@@ -327,7 +327,7 @@ class _Router(continuous_api.OutputRouter):  # type: ignore[misc]
 
 
 class _Picker:
-    """A logits processor that the library keeps, because it says that it supports continuous batching."""
+    """A logits processor that transformers keeps, because it says that it supports continuous batching."""
 
     supports_continuous_batching = True
 

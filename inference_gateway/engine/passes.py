@@ -3,7 +3,7 @@
 from inference_gateway.engine.base import Failed
 from inference_gateway.engine.batching_edge import BatchingEdge
 from inference_gateway.engine.prefixes import chain_of
-from inference_gateway.engine.sequences import Sequence, SequenceTable
+from inference_gateway.engine.sequences import Running, SequenceTable
 from seqr.library import Library
 
 REPLACED = Failed("adapter_replaced", "a silo's adapter changed while this answer was being written; ask again")
@@ -18,7 +18,7 @@ class Passes:
         self._sequences = sequences
         self._prefix_sharing = prefix_sharing
 
-    def submit(self, sequence: Sequence, library: Library) -> None:
+    def submit(self, sequence: Running, library: Library) -> None:
         """Queue the pass that a sequence has come to. Raises ``EngineStopped``."""
         # The worker gives at least one token; of a prompt that is only read it is thrown away.
         tokens = 1 if sequence.reading else sequence.request.max_tokens

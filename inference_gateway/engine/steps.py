@@ -12,8 +12,7 @@ from inference_gateway.engine.base import Counters, Failed, Finished, StepGuard
 from inference_gateway.engine.passes import BROKEN, REPLACED, Passes
 from inference_gateway.engine.prefixes import reach_of
 from inference_gateway.engine.residents import Residents
-from inference_gateway.engine.sequences import Sequence as Running
-from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.engine.sequences import Running, SequenceTable
 from inference_gateway.engine.stepper import Batch, Output, Slice
 from inference_gateway.errors import EngineStopped, GrammarTooComplex
 from seqr.routing.evidence import EvidenceStale, Standing

@@ -16,8 +16,7 @@ from inference_gateway.engine.limits import EngineLimits
 from inference_gateway.engine.passes import BROKEN, REPLACED, Passes
 from inference_gateway.engine.residents import Residents
 from inference_gateway.engine.sampling import Matcher, Sampler, sampler_of
-from inference_gateway.engine.sequences import Sequence as Running
-from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.engine.sequences import Running, SequenceTable
 from inference_gateway.engine.steps import Steps
 from seqr.adapter import Adapter
 from seqr.library import Library, Statistics

@@ -3,7 +3,7 @@
 from typing import Any
 
 from inference_gateway.engine.base import AdapterKey, GenerationRequest
-from inference_gateway.engine.sequences import Sequence
+from inference_gateway.engine.sequences import Running
 
 COMPARED: list[str] = []
 
@@ -22,11 +22,11 @@ def keys(kind: type[AdapterKey], *silos: str) -> frozenset[AdapterKey]:
     return frozenset(kind(silo, 1, "digest") for silo in silos)
 
 
-def sequence(adapters: frozenset[AdapterKey]) -> Sequence:
+def sequence(adapters: frozenset[AdapterKey]) -> Running:
     def deliver(_: Any) -> None:
         raise AssertionError("nothing is delivered here")
 
-    return Sequence(GenerationRequest("r", (1, 2), 4, adapters, "evidence"), deliver, None)
+    return Running(GenerationRequest("r", (1, 2), 4, adapters, "evidence"), deliver, None)
 
 
 def test_a_set_of_resident_adapters_is_compared_with_a_request_once() -> None:
