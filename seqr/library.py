@@ -146,8 +146,7 @@ class Library:
         """bool [N] on the CPU: True for the silos named and present; a silo that is not present is simply not there."""
         named = frozenset(silos)
         row = torch.zeros(self.width, dtype=torch.bool)
-        for column, silo_id in enumerate(self.silos):
-            row[column] = silo_id in named
+        row[: len(self.silos)] = torch.tensor([silo_id in named for silo_id in self.silos], dtype=torch.bool)
         return row
 
     def _require(self, silo_id: str) -> None:
@@ -219,7 +218,7 @@ class PermissionRows:
         self.library = library
         self._sets: list[frozenset[str]] = [frozenset()]
         self._rows = {frozenset[str](): 0}
-        self._table = self._build()
+        self._table = self._built(self._sets)
 
     def __len__(self) -> int:
         return len(self._sets)
@@ -227,8 +226,9 @@ class PermissionRows:
     @property
     def table(self) -> torch.Tensor:
         """bool [P, N] on the library's device."""
-        if self._table.shape[0] != len(self._sets):
-            self._table = self._build()
+        if new := self._sets[self._table.shape[0] :]:
+            with torch.inference_mode(False):
+                self._table = torch.cat([self._table, self._built(new)])
         return self._table
 
     def row_for(self, silos: Iterable[str]) -> int:
@@ -239,6 +239,6 @@ class PermissionRows:
             self._sets.append(wanted)
         return self._rows[wanted]
 
-    def _build(self) -> torch.Tensor:
+    def _built(self, sets: Iterable[frozenset[str]]) -> torch.Tensor:
         with torch.inference_mode(False):
-            return torch.stack([self.library.permission_row(silos) for silos in self._sets]).to(self.library.device)
+            return torch.stack([self.library.permission_row(silos) for silos in sets]).to(self.library.device)

@@ -292,6 +292,7 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         processor = super()._create_batch_processor()
         if processor.cache.use_prefix_sharing:
             self.edge._name_blocks(processor.cache)
+        _let_in_again(processor.scheduler)
         return processor
 
     def _generation_step(self) -> None:
@@ -310,6 +311,23 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         if self.failed_steps > MAX_FAILED_STEPS:
             raise EngineStopped(f"{self.failed_steps} steps failed in a row")
         return True
+
+
+def _let_in_again(schedule: Any) -> None:
+    """Have a cancelled request make room for new ones, as a finished one does.
+
+    After a preemption the library lets nobody in before a request has finished, and takes no notice of one that is
+    cancelled, which is how all but the natural ends come about here: none left, it would let nobody in ever again.
+    """
+    clear = schedule.clear_cancelled_requests
+
+    def clear_and_let_in() -> list[Any]:
+        cleared: list[Any] = clear()
+        if cleared or not schedule.active_requests:
+            schedule.block_new_requests = False
+        return cleared
+
+    schedule.clear_cancelled_requests = clear_and_let_in
 
 
 class _Router(continuous_api.OutputRouter):  # type: ignore[misc]

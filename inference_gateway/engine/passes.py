@@ -28,6 +28,10 @@ class Passes:
         if sequence.ended:  # by its asker, the policy or a swap, before there was a pass to cancel
             self._edge.cancel(sequence.pass_id)
 
+    def cancel(self, pass_id: str) -> None:
+        """Have the worker drop a pass whose request has ended; one that it does not have is none of its business."""
+        self._edge.cancel(pass_id)
+
     def end(self, request_id: str, why: Failed | None) -> None:
         """End a request and cancel its pass, telling its asker why if given; one that has ended is left alone."""
         sequence = self._sequences.end(request_id, why)

@@ -117,9 +117,9 @@ class SequenceTable:
             return sequence if sequence is not None and sequence.pass_id == pass_id else None
 
     def slot_of(self, sequence: Running) -> int | None:
-        """The evidence slot of a sequence, taken now if it has none; None when all are in use."""
+        """The evidence slot of a sequence, taken now if it has none; None when it has ended or all are in use."""
         with self._lock:
-            if sequence.slot is None and self._free:
+            if sequence.slot is None and self._free and not sequence.ended:
                 sequence.slot = self._free.pop()
             return sequence.slot
 

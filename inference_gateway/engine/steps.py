@@ -70,6 +70,8 @@ class Steps:
         nobody = Segment(0, one.position, one.length, -1, "per_token")
         sequence = self._sequences.get(one.request_id)
         if sequence is None or sequence.ended:
+            # Its cancellation may have come before the pass itself, and is then forgotten.
+            self._passes.cancel(one.request_id)
             return nobody
         if not sequence.within(self._residents.keys):
             self._end_pass(one.request_id, REPLACED)
@@ -82,6 +84,8 @@ class Steps:
         if mode == "prompt_evidence" and not sequence.reading:
             return Segment(row, one.position, one.length, mode=mode, standing=standing or Standing({}))
         slot = self._sequences.slot_of(sequence)
+        if sequence.ended:
+            return nobody
         try:
             if slot is None:
                 raise EvidenceStale("all evidence slots are in use")

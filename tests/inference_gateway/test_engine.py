@@ -324,3 +324,48 @@ def test_one_users_overflow_ends_that_request_and_reaches_nobody_else(
     expected = Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
     assert [answer.tokens for answer in answers[::2]] == [expected] * 3
     assert all(isinstance(answer.end, Failed) for answer in answers[1::2])
+
+
+def test_requests_are_let_in_after_everybody_left_whom_a_preemption_spared(
+    model_dir: Path, plan: Plan, alpha: Resident
+) -> None:
+    """As when their client closes the connection, a stop string comes or a deadline passes."""
+
+    async def use(engine: TransformersEngine) -> Any:
+        prompt = tuple(range(3, 43))
+
+        async def listen(name: str) -> None:
+            async for event in engine.generate(
+                GenerationRequest(name, prompt, 80, frozenset([alpha.key]), "per_token")
+            ):
+                assert isinstance(event, Tokens)
+
+        # Both are let in, and together they outgrow the cache.
+        both, most = [asyncio.create_task(listen(name)) for name in ("one", "two")], 0
+        while (used := engine.info().kv_blocks_used) >= most and not any(task.done() for task in both):
+            most = used
+            await asyncio.sleep(0.001)
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+        return used, most, await asyncio.wait_for(ask(engine, "next", prompt, [alpha.key], max_tokens=3), 60)
+
+    used, most, answer = serve(
+        model_dir, plan, use, [alpha], kv_tokens=160, max_batch_tokens=64, page_size=16, prefix_sharing=False
+    )
+    assert 0 < used < most, "nobody was preempted"
+    assert isinstance(answer.end, Finished) and len(answer.tokens) == 3
+
+
+def test_a_pass_whose_cancellation_came_too_early_is_dropped(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        engine._edge.submit("nobody's", prompts(1)[0], 4000, [])
+        answer = await ask(engine, "next", prompts(1)[0], [alpha.key], max_tokens=3)
+        for _ in range(3000):
+            if engine.info().kv_blocks_used == 0:
+                break
+            await asyncio.sleep(0.01)
+        return answer, engine.info().kv_blocks_used, engine.info().steps
+
+    answer, used, steps = serve(model_dir, plan, use, [alpha])
+    assert isinstance(answer.end, Finished) and used == 0 and steps < 100

@@ -3,7 +3,7 @@
 from typing import Any
 
 from inference_gateway.engine.base import AdapterKey, GenerationRequest
-from inference_gateway.engine.sequences import Running
+from inference_gateway.engine.sequences import Running, SequenceTable
 
 COMPARED: list[str] = []
 
@@ -42,3 +42,15 @@ def test_every_new_set_of_resident_adapters_is_compared() -> None:
     assert not one.within(keys(AdapterKey, "clinic"))
     assert not one.within(keys(AdapterKey, "clinic"))
     assert one.within(keys(AdapterKey, "law", "clinic", "plant"))
+
+
+def test_a_request_that_has_ended_takes_no_slot() -> None:
+    """It may end after the worker has looked it up: nobody would give its slot back."""
+    table, one = SequenceTable(1), sequence(frozenset())
+    table.add(one)
+    looked_up = table.get("r")
+    table.end("r", None)
+    assert looked_up is one and table.slot_of(one) is None and table.reclaim() == []
+    another = sequence(frozenset())
+    table.add(another)
+    assert table.slot_of(another) == 0

@@ -156,6 +156,20 @@ class TestPermissionRows:
         rows.row_for(["a", "", "b"])
         assert not bool(rows.table[:, 1:].any())
 
+    def test_a_new_set_costs_one_row_and_not_the_whole_table_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        library = toy_library(PLAN, ["a", "b", "c"])
+        asked: list[frozenset[str]] = []
+        permission_row = Library.permission_row
+        monkeypatch.setattr(
+            Library, "permission_row", lambda self, silos: (asked.append(silos), permission_row(self, silos))[1]
+        )
+        rows = PermissionRows(library)
+        sets = [frozenset(silos) for silos in ("", "a", "ab", "abc", "bc")]
+        for silos in sets:
+            row = rows.row_for(silos)
+            assert rows.table[row].equal(permission_row(library, silos))
+        assert asked == sets and rows.table.equal(torch.stack([permission_row(library, silos) for silos in sets]))
+
 
 def test_the_bounds_kept_with_each_adapter_are_those_of_the_whole_stack() -> None:
     """Also for an adapter that cannot be used, and for padding."""
