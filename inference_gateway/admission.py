@@ -39,8 +39,8 @@ class Admission:
         max_tokens: int,
         answers: int = 1,
         model: str = "",
-    ) -> "Grant":
-        """Reserve ``prompt_tokens`` + ``max_tokens``, those of all ``answers``, until the caller closes the grant.
+    ) -> "Ticket":
+        """Reserve ``prompt_tokens`` + ``max_tokens``, those of all ``answers``, until the caller closes the ticket.
 
         ``limits``: what the policy sets for the user and for the key. Raises RateLimited; then nothing is counted.
         """
@@ -48,7 +48,7 @@ class Admission:
         who, mine = (principal.user_id, principal.key_id), self._over_defaults(limits)
         with self._told(who, mine):
             reservation = self._limits.reserve(*who, mine, prompt_tokens + max_tokens, answers)
-        return Grant(self, principal.user_id, reservation, model)
+        return Ticket(self, principal.user_id, reservation, model)
 
     def check(self, principal: Principal, limits: tuple[Limits, Limits], answers: int) -> None:
         """Before any work for a body with ``answers`` or more to each prompt: what ``admit`` would refuse whatever the
@@ -74,7 +74,7 @@ class Admission:
             request_record.current().headers |= self._limits.headers(*who, limits)
 
 
-class Grant:
+class Ticket:
     """Leave to generate the answers to one request; a context manager that closes it."""
 
     def __init__(self, admission: Admission, user_id: str, reservation: Reservation, model: str):

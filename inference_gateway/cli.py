@@ -1,7 +1,6 @@
 """``seqr gateway``: make a gateway's keys, and run it."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,8 +65,3 @@ def serve(
     from inference_gateway.serving import run
 
     run(settings)
-
-
-def main() -> None:
-    """For running this group without the ``seqr`` command."""
-    app(args=sys.argv[1:])

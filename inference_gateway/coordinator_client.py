@@ -96,7 +96,9 @@ class CoordinatorClient:
         return [RemoteRevision.of(item) for item in listed]
 
     async def bundle(self, revision_id: str, max_bytes: int) -> bytes:
-        """The sealed bundle; stops reading, with CoordinatorUnreachable, beyond ``max_bytes`` + 1."""
+        """The sealed bundle. Stops reading once it is beyond ``max_bytes`` and returns what it has, which
+        ``seqr.bundle.open_sealed`` refuses by its size.
+        """
         parts: list[bytes] = []
         size = 0
         try:
@@ -107,7 +109,7 @@ class CoordinatorClient:
                 async for part in response.aiter_bytes():
                     parts.append(part)
                     size += len(part)
-                    if size > max_bytes:  # one part too many is enough for intake to say so by name
+                    if size > max_bytes:
                         break
         except httpx.HTTPError as error:
             raise _unreachable(self._http, error) from None

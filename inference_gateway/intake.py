@@ -8,15 +8,16 @@ import asyncio
 import gc
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from http import HTTPStatus
 
 import torch
 
 from inference_gateway.coordinator_client import CoordinatorClient, RemoteRevision
 from inference_gateway.engine.base import AdapterKey, Engine
-from inference_gateway.errors import BundleDigestMismatch, CoordinatorRefused, CoordinatorUnreachable
+from inference_gateway.errors import BundleDigestMismatch, CoordinatorRefused, CoordinatorUnreachable, EngineStopped
 from seqr.adapter import Adapter
 from seqr.bundle import largest_bundle, open_sealed
 from seqr.document import utc_now, utc_text
@@ -84,7 +85,8 @@ class Intake:
         self._nonces: dict[str, str] = {}
         self._left: dict[tuple[str, int], int] = {}
         self._purged: set[str] = set()
-        self._disturbed = False
+        self._problems: set[str] = set()
+        self._known_problems: set[str] = set()
         self.status = IntakeStatus()
 
     async def run(self, poll_seconds: float) -> None:
@@ -92,23 +94,22 @@ class Intake:
         while True:
             try:
                 await self.reconcile()
-            except SeqrError as error:
-                self._note(f"{error.code}: {error}")
-            except Exception as error:
-                log.exception("an intake pass failed")
-                self.status.last_error = type(error).__name__
+            except Exception as error:  # noqa: BLE001 - noted, and the next pass begins anew
+                self._note("the pass", error)
             await asyncio.sleep(poll_seconds)
 
     async def reconcile(self) -> None:
         """One pass. Raises CoordinatorUnreachable or EngineStopped; all else is a verdict."""
-        self._disturbed = False
+        self._known_problems, self._problems = self._problems, set()
         revisions = await self._client.revisions()
+        # First of all: what may no longer be served must not wait for what may be served soon.
+        await self._drop(revisions)
         for one in revisions:
             if one.state == "staged" and self._mine(one):
                 await self._unhindered(self._take_in, one)
         if any(one.state == "staged" for one in revisions):
             revisions = await self._client.revisions()
-        await self._drop({(r.silo_id, r.revision) for r in revisions if r.state == "active"})
+            await self._drop(revisions)
         for one in revisions:
             if one.state == "active" and self._mine(one) and not self._holds(one):
                 await self._unhindered(self._take_in, one)
@@ -117,21 +118,25 @@ class Intake:
             gc.collect()  # once for all of them: meanwhile nothing else runs in this process
         for one in leaving:
             await self._unhindered(self._purge, one)
-        self.status.settled = self.status.settled or not self._disturbed
-        if not self._disturbed:
-            self.status.last_error = None
+        if not self._problems:
+            self.status.settled, self.status.last_error = True, None
 
     async def _unhindered(self, deed: Callable[[RemoteRevision], Awaitable[None]], one: RemoteRevision) -> None:
-        """What the coordinator refuses about one revision must not keep the others waiting."""
+        """What goes wrong with one revision must not keep the others waiting: it is tried again at the next pass."""
         try:
             await deed(one)
-        except CoordinatorRefused as error:
-            self._disturbed = True
-            self._note(f"revision {one.revision_id}: {error}")
+        except EngineStopped:
+            raise
+        except Exception as error:  # noqa: BLE001 - noted, whatever it was
+            self._note(f"revision {one.revision_id}", error)
 
-    def _note(self, problem: str) -> None:
-        if self.status.last_error != problem:
-            log.warning("intake waits: %s", problem)
+    def _note(self, whose: str, error: Exception) -> None:
+        """Log a problem that the pass before did not have."""
+        known = isinstance(error, SeqrError)
+        problem = f"{whose}: {error.code}: {error}" if isinstance(error, SeqrError) else f"{whose}: {error!r}"
+        if problem not in self._known_problems | self._problems:
+            log.warning("intake waits: %s", problem, exc_info=None if known else error)
+        self._problems.add(problem)
         self.status.last_error = problem
 
     def _mine(self, one: RemoteRevision) -> bool:
@@ -152,7 +157,14 @@ class Intake:
 
     async def _take_in(self, one: RemoteRevision) -> None:
         """Check a staged or active revision; load it when sound, report it quarantined by name when not."""
-        blob = await self._client.bundle(one.revision_id, largest_bundle(self._plan))
+        try:
+            blob = await self._client.bundle(one.revision_id, largest_bundle(self._plan))
+        except CoordinatorRefused as error:
+            if error.status != HTTPStatus.GONE:
+                raise
+            log.warning("revision %s of silo %s can be had no more: %s", one.revision_id, one.silo_id, error)
+            self.status.refused[one.revision_id] = error.remote_code
+            return
         try:
             checked = await asyncio.to_thread(self.check, one, blob)
         except SeqrError as error:
@@ -211,8 +223,9 @@ class Intake:
         statistics = calibrate(adapter, self._z) if self._plan.calibration == "public" else None
         return Checked(AdapterKey(one.silo_id, one.revision, adapter.digest), adapter, statistics)
 
-    async def _drop(self, active: set[tuple[str, int]]) -> None:
+    async def _drop(self, revisions: Sequence[RemoteRevision]) -> None:
         """Let go of everything that is not active any more, whatever became of it."""
+        active = {(one.silo_id, one.revision) for one in revisions if one.state == "active"}
         for key in self._engine.info().adapters:
             if (key.silo_id, key.revision) not in active:
                 self._left[key.silo_id, key.revision] = await self._engine.revoke(key)

@@ -43,8 +43,8 @@ class _Watched:
 class Permissions:
     """Decides through the policy's reader, and tells the engine which requests have lost a silo, or the right to ask.
 
-    That right is lost when the key is revoked or ends, the browser's log-in ends, the user is disabled, or key or roles
-    no longer allow to chat.
+    That right is lost when the key is revoked or ends, the identity provider's token or the browser's log-in ends, the
+    user is disabled, or key or roles no longer allow to chat.
     A request that is lost stays lost until it is over, even when the silo is granted again meanwhile: the engine may
     not have it in a batch yet. When the policy cannot be read, every request is lost.
 

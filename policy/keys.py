@@ -65,7 +65,7 @@ class Principal:
 
     `key_id` is None for somebody who logged in with an identity provider and has no key; `login` is then the browser's
     log-in by which they came, if they came by one: the gateway knows it. `expires_at`: when the key ends, unless
-    it is revoked before; None: it does not.
+    it is revoked before, or the provider's token by which they came; None: it does not.
     """
 
     user_id: str
@@ -158,7 +158,10 @@ def prefix_of(presented: str) -> str:
 def still(connection: Connection, caller: Principal, at: datetime) -> Principal:
     """The same caller as of `at`. Raises what `authenticate` or `logged_in` would raise now."""
     if caller.key_id is None:
-        return replace(logged_in(connection, caller.user_id), login=caller.login)
+        if caller.expires_at is not None and caller.expires_at <= at:
+            raise LoginNotAccepted
+        present = logged_in(connection, caller.user_id)
+        return replace(present, login=caller.login, expires_at=caller.expires_at)
     key = connection.execute(_KEYS.where(ApiKey.key_id == caller.key_id)).mappings().first()
     if key is None:
         raise KeyUnknown

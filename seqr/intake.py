@@ -7,7 +7,7 @@ probes need the base model and belong to the gateway.
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -74,7 +74,6 @@ __all__ = [
     "WrongSilo",
     "adapter_norms",
     "check_bundle",
-    "collect_norms",
 ]
 
 # A QR in fp64 stored as fp32 was measured to be off by 1e-7 to 2e-7; a lower triangle is exactly zero.
@@ -117,7 +116,7 @@ def check_bundle(
 ) -> Adapter:
     """The adapter in ``opened``, if it passes every check; otherwise raises the ``BundleRefused`` that names the first.
 
-    ``library_norms`` holds ||R||_F of the other silos' adapters per module (see ``collect_norms``).
+    ``library_norms`` holds ||R||_F of the other silos' adapters per module (see ``adapter_norms``).
     """
     # Sizes before decoding.
     most = largest_tensors(plan)
@@ -142,15 +141,6 @@ def check_bundle(
 def adapter_norms(adapter: Adapter) -> dict[str, float]:
     """||R||_F per module."""
     return {name: float(torch.linalg.matrix_norm(module.r.double())) for name, module in adapter.modules.items()}
-
-
-def collect_norms(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
-    """||R||_F per module over ``adapters``, as ``check_bundle`` compares a newcomer with."""
-    norms: dict[str, list[float]] = {}
-    for adapter in adapters:
-        for name, norm in adapter_norms(adapter).items():
-            norms.setdefault(name, []).append(norm)
-    return norms
 
 
 def _verify_manifest(envelope: dsse.Envelope, expectation: Expectation) -> Manifest:

@@ -142,25 +142,11 @@ class Library:
         self._require(silo_id)
         return self._with([column for column in self._columns if column.silo_id != silo_id])
 
-    def module(self, name: str) -> ModuleStack:
-        """The stack of one module; raises ``KeyError``."""
-        return self.stacks[self._index[name]]
-
-    def column(self, silo_id: str) -> int:
-        """The column of a silo; raises ``SiloNotPresent``."""
-        self._require(silo_id)
-        return self.silos.index(silo_id)
-
-    def revision(self, silo_id: str) -> int:
-        """The revision resident for a silo; raises ``SiloNotPresent``."""
-        return self.columns[self.column(silo_id)][1]
-
     def permission_row(self, silos: Iterable[str]) -> torch.Tensor:
         """bool [N] on the CPU: True for the silos named and present; a silo that is not present is simply not there."""
         named = frozenset(silos)
         row = torch.zeros(self.width, dtype=torch.bool)
-        for column, silo_id in enumerate(self.silos):
-            row[column] = silo_id in named
+        row[: len(self.silos)] = torch.tensor([silo_id in named for silo_id in self.silos], dtype=torch.bool)
         return row
 
     def _require(self, silo_id: str) -> None:
@@ -232,7 +218,7 @@ class PermissionRows:
         self.library = library
         self._sets: list[frozenset[str]] = [frozenset()]
         self._rows = {frozenset[str](): 0}
-        self._table = self._build()
+        self._table = self._built(self._sets)
 
     def __len__(self) -> int:
         return len(self._sets)
@@ -240,8 +226,9 @@ class PermissionRows:
     @property
     def table(self) -> torch.Tensor:
         """bool [P, N] on the library's device."""
-        if self._table.shape[0] != len(self._sets):
-            self._table = self._build()
+        if new := self._sets[self._table.shape[0] :]:
+            with torch.inference_mode(False):
+                self._table = torch.cat([self._table, self._built(new)])
         return self._table
 
     def row_for(self, silos: Iterable[str]) -> int:
@@ -252,15 +239,6 @@ class PermissionRows:
             self._sets.append(wanted)
         return self._rows[wanted]
 
-    def silos(self, row: int) -> frozenset[str]:
-        """The set that ``row`` stands for, whether its silos are present or not."""
-        return self._sets[row]
-
-    def rebind(self, library: Library) -> None:
-        """Follow the library to new columns: every row keeps its number and its set."""
-        self.library = library
-        self._table = self._build()
-
-    def _build(self) -> torch.Tensor:
+    def _built(self, sets: Iterable[frozenset[str]]) -> torch.Tensor:
         with torch.inference_mode(False):
-            return torch.stack([self.library.permission_row(silos) for silos in self._sets]).to(self.library.device)
+            return torch.stack([self.library.permission_row(silos) for silos in sets]).to(self.library.device)

@@ -57,12 +57,11 @@ class BaseModelUnreadable(SeqrError):
 
 @dataclass(frozen=True)
 class BaseModelSpec:
-    """What a plan says about a base model: a name, its digest, its adaptable Linears and its context in tokens."""
+    """What a plan says about a base model: a name, its digest and its adaptable Linears."""
 
     name: str
     digest: str
     modules: tuple[ModuleSpec, ...]
-    context_length: int
 
 
 def load_base_model(
@@ -157,7 +156,7 @@ def inspect_base_model(path: str | Path, kind: str = "all", name: str | None = N
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     modules = tuple(linear_module_names(model, kind))
-    return BaseModelSpec(name or path.resolve().name, digest, modules, int(config.max_position_embeddings))
+    return BaseModelSpec(name or path.resolve().name, digest, modules)
 
 
 def linear_module_names(model: nn.Module, kind: str) -> list[ModuleSpec]:

@@ -102,13 +102,6 @@ class Plan:
         """The LoRA scale s = alpha / rank, folded into every R."""
         return self.alpha / self.rank
 
-    def module(self, name: str) -> ModuleSpec:
-        """The module called ``name``; raises ``KeyError``."""
-        for module in self.modules:
-            if module.name == name:
-                return module
-        raise KeyError(name)
-
     def to_dict(self) -> dict[str, Any]:
         """The plan's JSON object, as signed."""
         document = {f.name: getattr(self, f.name) for f in fields(self)}

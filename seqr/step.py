@@ -173,14 +173,12 @@ class StepContext:
         if self._evidence is not None:
             self._evidence.finish(self._slots)
 
-    def choice_counts(self, tokens: Sequence[int] | None = None) -> torch.Tensor:
-        """Attribution: int64 [T, N] on the CPU, how many modules chose each column for each token (all, or those)."""
-        counts = torch.zeros(self.tokens if tokens is None else len(tokens), self.library.width + 1, dtype=torch.int64)
+    def choice_counts(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Attribution: int64 [T, N] on the CPU, how many modules chose each column for each of ``tokens``."""
+        counts = torch.zeros(len(tokens), self.library.width + 1, dtype=torch.int64)
         if self.choices:
             chosen = torch.stack(self.choices, dim=1)
-            if tokens is not None:
-                chosen = chosen.index_select(0, torch.tensor(tokens, dtype=torch.int64, device=chosen.device))
-            chosen = chosen.cpu() + 1
+            chosen = chosen.index_select(0, torch.tensor(tokens, dtype=torch.int64, device=chosen.device)).cpu() + 1
             counts.scatter_add_(1, chosen, torch.ones_like(chosen))
         return counts[:, 1:]
 
@@ -196,15 +194,6 @@ class StepContext:
             if leads:
                 found.update(zip(watch.tokens.tolist(), mean_leads(leads), strict=True))
         return [found.get(token) for token in self._watched]
-
-    def silo_counts(self) -> list[dict[str, int]]:
-        """Attribution per segment: silo id -> (token, module) choices; silos that shaped nothing are left out."""
-        counts, start, out = self.choice_counts(), 0, []
-        for segment in self.segments:
-            total = counts[start : start + segment.length].sum(0).tolist()
-            out.append({silo: total[column] for column, silo in enumerate(self.library.silos) if total[column]})
-            start += segment.length
-        return out
 
 
 class BaseOnly:

@@ -65,8 +65,7 @@ class Service:
 class Supervisor:
     """Keeps a row of services alive.
 
-    When one dies, it and those after it in the row are started again; with ``together``, all of them are. ``prepare``
-    maps a service's name to what must be done each time it has become ready, before the next one starts; ``on_death``
+    When one dies, it and those after it in the row are started again; with ``together``, all of them are. ``on_death``
     hears of every service found dead.
     """
 
@@ -75,17 +74,14 @@ class Supervisor:
         services: Sequence[Service],
         *,
         together: bool = False,
-        prepare: Mapping[str, Callable[[], None]] | None = None,
         on_death: Callable[[Service], None] = lambda service: None,
     ) -> None:
         self.services = tuple(services)
         self._together = together
         self._on_death = on_death
-        self._prepare = dict(prepare or {})
         self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._delay: dict[str, float] = {}
         self._wake = threading.Event()
-        self.restarts = 0
 
     def start(self) -> None:
         """Start every service that is not running, in order. Raises ServiceNotReady."""
@@ -112,7 +108,6 @@ class Supervisor:
         self._wake.wait(delay)
         if self._wake.is_set():
             return False
-        self.restarts += 1
         self._try_start()
         return True
 
@@ -181,8 +176,6 @@ class Supervisor:
                 )
             if self._wake.wait(0.1):
                 return
-        if service.name in self._prepare:
-            self._prepare[service.name]()
 
     def _end(self, name: str) -> None:
         process, _ = self._running.pop(name, (None, 0.0))

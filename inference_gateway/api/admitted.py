@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fastapi.concurrency import run_in_threadpool
 
-from inference_gateway.admission import Grant
+from inference_gateway.admission import Ticket
 from inference_gateway.engine.base import GenerationRequest
 from inference_gateway.service import Service
 from policy.keys import Principal
@@ -12,8 +12,8 @@ from policy.keys import Principal
 
 async def admitted(
     service: Service, caller: Principal, requests: Sequence[GenerationRequest], prompt_tokens: int
-) -> Grant:
-    """Leave for all answers to one body; ``prompt_tokens`` counts each prompt once. The caller closes the grant.
+) -> Ticket:
+    """Leave for all answers to one body; ``prompt_tokens`` counts each prompt once. The caller closes the ticket.
 
     Raises RateLimited, or a PolicyError.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastapi.concurrency import run_in_threadpool
 
-from inference_gateway.admission import Grant
+from inference_gateway.admission import Ticket
 from inference_gateway.api.admitted import admitted
 from inference_gateway.api.asking import Asked
 from inference_gateway.engine.base import (
@@ -171,8 +171,8 @@ def begin(service: Service, caller: Principal, asked: Asked, stops: Sequence[str
 async def _opened(
     service: Service, caller: Principal, asked: Asked, stops: Sequence[str]
 ) -> AsyncGenerator[Sequence[AsyncGenerator[Piece]]]:
-    with await admitted(service, caller, asked.requests, asked.prompt_tokens) as grant:
-        yield [answer(service, caller, asked, *one, stops, grant) for one in enumerate(asked.requests)]
+    with await admitted(service, caller, asked.requests, asked.prompt_tokens) as ticket:
+        yield [answer(service, caller, asked, *one, stops, ticket) for one in enumerate(asked.requests)]
 
 
 async def answer(
@@ -182,7 +182,7 @@ async def answer(
     index: int,
     request: GenerationRequest,
     stops: Sequence[str],
-    grant: Grant,
+    ticket: Ticket,
 ) -> AsyncGenerator[Piece]:
     """The pieces of one choice; the last has a reason or has failed. Closing it ends the request in the engine."""
     text = TextStream(asked.serving.tokenizer, stops)
@@ -195,7 +195,7 @@ async def answer(
         return tuple(ShownToken(token.id, piece, token.logprobs, token.shares) for token, piece in tokens)
 
     with service.permissions.watching(request.request_id, caller, asked.decision, frozenset(asked.silos)):
-        async with aclosing(grant.generate(asked.serving.engine, request)) as events:
+        async with aclosing(ticket.generate(asked.serving.engine, request)) as events:
             async for event in events:
                 if isinstance(event, Tokens):
                     used += len(event.ids)
@@ -203,7 +203,7 @@ async def answer(
                     waiting.extend(fresh)
                     tokens = shown(text.push([token.id for token in fresh]))
                     if text.stopped:
-                        grant.complete(request.request_id)
+                        ticket.complete(request.request_id)
                         yield Piece(index, tokens, used, "stop", event.totals)
                         return
                     if tokens:

@@ -60,8 +60,7 @@ async def prepare(
     serving, settings = service.serving, service.settings
     service.admission.check(caller, await run_in_threadpool(service.permissions.limits, caller), body.choices)
     decision = await run_in_threadpool(service.permissions.decide, caller.user_id)
-    info = serving.engine.info()
-    longest, resident = info.max_model_length, {key.silo_id: key for key in info.adapters}
+    longest, resident = serving.engine.info().max_model_length, serving.resident()
     silos = _narrow(serving, decision, body, resident)
     usable = tuple(silo for silo in silos if silo in resident)
     wanted = await service.turns.run(caller.user_id, want, serving)

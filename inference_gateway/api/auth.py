@@ -1,6 +1,7 @@
 """Who is asking. Every route under /v1 depends on this."""
 
 from dataclasses import replace
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -42,10 +43,11 @@ async def authenticated(
         user_id = oidc.sessions.user_of(cookie)
         if user_id is None:
             raise SessionEnded("your log-in has ended; log in again")
-        return await _logged_in(service, user_id, "session", oidc.sessions.name_of(cookie))
+        return await _logged_in(service, user_id, "session", login=oidc.sessions.name_of(cookie))
     presented = _bearer(authorization)
     if oidc is not None and is_token(presented):
-        return await _logged_in(service, await oidc.user_of(presented), "token")
+        user_id, end = await oidc.bearer(presented)
+        return await _logged_in(service, user_id, "token", expires_at=end)
     return await _owner(service, presented, "chat")
 
 
@@ -103,10 +105,12 @@ async def _owner(service: Service, presented: str, scope: str) -> Principal:
     return principal
 
 
-async def _logged_in(service: Service, user_id: str, way: str, login: str | None = None) -> Principal:
+async def _logged_in(
+    service: Service, user_id: str, way: str, login: str | None = None, expires_at: datetime | None = None
+) -> Principal:
     principal = await run_in_threadpool(service.permissions.logged_in, user_id)
     request_record.current().fields |= {"user": principal.user_id, "login": way}
-    return replace(principal, login=login)
+    return replace(principal, login=login, expires_at=expires_at)
 
 
 ServiceDep = Annotated[Service, Depends(service_of)]

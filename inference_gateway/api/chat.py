@@ -12,10 +12,11 @@ from inference_gateway.api.asking import Asked, Wanted, prepare
 from inference_gateway.api.auth import Caller, ServiceDep
 from inference_gateway.api.body import body_of
 from inference_gateway.api.chat_schema import ChatRequest
+from inference_gateway.api.format import Format
 from inference_gateway.api.prompting import answer_grammar, chat_prompt, tool_format
-from inference_gateway.api.responding import answered, head, usage
+from inference_gateway.api.responding import answered
 from inference_gateway.service import Serving
-from inference_gateway.tools import CallReader, ToolCall, ToolFormat
+from inference_gateway.tools import CallReader, ToolCall
 
 router = APIRouter()
 
@@ -30,28 +31,20 @@ async def chat_completions(request: Request, service: ServiceDep, caller: Caller
         return Wanted([chat_prompt(serving, chat)], "messages", answer_grammar(serving, chat))
 
     asked = await prepare(service, caller, chat, want)
-    return await answered(request, service, caller, asked, chat, ChatFormat(asked, chat))
+    return await answered(request, service, caller, chat, ChatFormat(asked, chat))
 
 
-class ChatFormat:
-    """How a chat's answers are written."""
+class ChatFormat(Format):
+    """How a chat's answers are written. Every choice of a stream has a reader of tool calls of its own."""
 
     def __init__(self, asked: Asked, chat: ChatRequest):
-        self._asked = asked
+        super().__init__(asked, ("chat.completion", "chat.completion.chunk"), "chatcmpl")
         self._chat = chat
         self._tools = tool_format(asked.serving, chat) if chat.may_call else None
+        self._readers = [None if self._tools is None else self._tools.reader() for _ in asked.requests]
 
-    def whole(self, answers: Sequence[tuple[Sequence[ShownToken], Piece]]) -> Mapping[str, Any]:
-        """See ``responding.Format``."""
-        ends = [end for _, end in answers]
-        return {
-            **head(self._asked, "chat.completion", "chatcmpl"),
-            "choices": [self._choice(tokens, end) for tokens, end in answers],
-            "usage": usage(self._asked, ends),
-            **attribution.summary(self._asked, (end.shares for end in ends)),
-        }
-
-    def _choice(self, tokens: Sequence[ShownToken], end: Piece) -> dict[str, Any]:
+    def choice(self, tokens: Sequence[ShownToken], end: Piece) -> Mapping[str, Any]:
+        """The message, and what was asked about its tokens."""
         message: dict[str, Any] = {"role": "assistant", "content": "".join(token.text for token in tokens)}
         reason = end.reason
         if self._tools is not None:
@@ -63,30 +56,16 @@ class ChatFormat:
         return {
             "index": end.index,
             "message": message,
-            **_about(self._asked, self._chat, tokens),
+            **_about(self.asked, self._chat, tokens),
             "finish_reason": reason,
         }
-
-    def parts(self) -> "ChatForm":
-        """See ``responding.Format``."""
-        return ChatForm(self._asked, self._chat, self._tools)
-
-
-class ChatForm:
-    """See ``streaming.Form``."""
-
-    def __init__(self, asked: Asked, chat: ChatRequest, tools: ToolFormat | None):
-        self.head = head(asked, "chat.completion.chunk", "chatcmpl")
-        self._asked = asked
-        self._chat = chat
-        self._readers = [None if tools is None else tools.reader() for _ in asked.requests]
 
     def opening(self) -> Iterator[Mapping[str, Any]]:
         """The role, once for each choice."""
         for index in range(len(self._readers)):
             yield self._chunk(index, {"role": "assistant", "content": ""}, ())
 
-    def choices(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
+    def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
         """New text with what was asked about its tokens; calls of tools, each whole; the end."""
         reader = self._readers[piece.index]
         text, calls = piece.text, []
@@ -94,7 +73,7 @@ class ChatForm:
             before = len(reader.calls)
             text = reader.push(text) + (reader.finish() if piece.reason is not None else "")
             calls = list(enumerate(reader.calls))[before:]
-        told = self._chat.logprobs or self._asked.request.attribution
+        told = self._chat.logprobs or self.asked.request.attribution
         if text or (told and piece.tokens):
             yield self._chunk(piece.index, {"content": text}, piece.tokens)
         for number, call in calls:
@@ -102,18 +81,10 @@ class ChatForm:
         if piece.reason is not None:
             yield self._chunk(piece.index, {}, (), _reason(piece, reader))
 
-    def closing(self, ends: Sequence[Piece]) -> Mapping[str, Any]:
-        """Who shaped the answers, when asked for."""
-        return attribution.summary(self._asked, (end.shares for end in ends))
-
-    def usage(self, ends: Sequence[Piece]) -> Mapping[str, int]:
-        """See ``responding.usage``."""
-        return usage(self._asked, ends)
-
     def _chunk(
         self, index: int, delta: Mapping[str, Any], tokens: Sequence[ShownToken], reason: str | None = None
     ) -> Mapping[str, Any]:
-        about = _about(self._asked, self._chat, tokens) if tokens else {"logprobs": None}
+        about = _about(self.asked, self._chat, tokens) if tokens else {"logprobs": None}
         return {"index": index, "delta": delta, **about, "finish_reason": reason}
 
 

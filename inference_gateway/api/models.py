@@ -8,6 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from inference_gateway.api.auth import Caller, ServiceDep
 from inference_gateway.api.errors import ModelNotFound
+from inference_gateway.engine.base import AdapterKey
 from inference_gateway.service import Service, Serving
 from policy.decision import Decision
 from policy.keys import Principal
@@ -52,13 +53,18 @@ async def check_model(service: Service, caller: Principal, name: str | None) -> 
         raise not_found(name)
 
 
-def _headers(serving: Serving, decision: Decision) -> dict[str, str]:
-    resident = serving.resident()
-    usable = frozenset(resident[silo] for silo in decision.silos if silo in resident)
+def headers_of(serving: Serving, decision: Decision, usable: frozenset[AdapterKey]) -> dict[str, str]:
+    """The headers of every answer to ``decision`` with the adapters in ``usable``, beside those of ``observing``."""
     return {
         "X-Seqr-Policy-Version": str(decision.policy_version),
         "X-Seqr-Library-Version": serving.library_version(usable),
     }
+
+
+def _headers(serving: Serving, decision: Decision) -> dict[str, str]:
+    resident = serving.resident()
+    usable = frozenset(resident[silo] for silo in decision.silos if silo in resident)
+    return headers_of(serving, decision, usable)
 
 
 def _entries(serving: Serving, decision: Decision) -> list[dict[str, Any]]:

@@ -1,55 +1,37 @@
 """From an admitted body to its response, plain or as a stream. The one place where answers leave the gateway."""
 
 import asyncio
-import time
-import uuid
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from inference_gateway import request_record
 from inference_gateway.api.answering import Answers, Piece, ShownToken, begin
-from inference_gateway.api.asking import Asked
 from inference_gateway.api.errors import failed_status, respond
+from inference_gateway.api.format import Format
+from inference_gateway.api.models import headers_of
 from inference_gateway.api.schema import GenerationBody
-from inference_gateway.api.streaming import EventStream, Form, events, first_piece
+from inference_gateway.api.streaming import EventStream, events, first_piece
 from inference_gateway.service import Service
 from policy.keys import Principal
 
 T = TypeVar("T")
 
 
-class Format(Protocol):
-    """How one route writes answers, whole and in parts."""
-
-    def whole(self, answers: Sequence[tuple[Sequence[ShownToken], Piece]]) -> Mapping[str, Any]:
-        """The body with all choices: for each its tokens and its last piece."""
-        ...
-
-    def parts(self) -> Form: ...
-
-
-def headers_of(asked: Asked) -> dict[str, str]:
-    """The headers of every answer, beside those of ``observing``."""
-    return {
-        "X-Seqr-Policy-Version": str(asked.decision.policy_version),
-        "X-Seqr-Library-Version": asked.library_version,
-    }
-
-
 async def answered(
-    request: Request, service: Service, caller: Principal, asked: Asked, body: GenerationBody, written: Format
+    request: Request, service: Service, caller: Principal, body: GenerationBody, written: Format
 ) -> Response:
-    """Generate all choices and write them."""
+    """Generate all choices of what ``written`` is for, and write them."""
+    asked = written.asked
     request_record.current().trace.asked(asked, bool(body.stream))
-    headers = headers_of(asked)
+    headers = headers_of(asked.serving, asked.decision, asked.request.adapters)
     # Without a stream the gateway is the reader, and what it keeps is bounded by the answers' lengths.
     limit = service.settings.stream_buffer_events * len(asked.requests) if body.stream else None
     answers = begin(service, caller, asked, body.stops, limit)
     if body.stream:
-        return await _stream(service, answers, body, written.parts(), headers, request)
+        return await _stream(service, answers, body, written, headers, request)
     return await _plain(answers, written, headers, request)
 
 
@@ -103,7 +85,12 @@ async def _left(request: Request) -> None:
 
 
 async def _stream(
-    service: Service, answers: Answers, body: GenerationBody, form: Form, headers: Mapping[str, str], request: Request
+    service: Service,
+    answers: Answers,
+    body: GenerationBody,
+    written: Format,
+    headers: Mapping[str, str],
+    request: Request,
 ) -> Response:
     keep_alive, record = service.settings.keep_alive_seconds, request_record.current()
     try:
@@ -119,7 +106,7 @@ async def _stream(
         await answers.aclose()
         return _refused(first, headers)
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(answers, events(answers, first, form, include_usage=usage, keep_alive=keep_alive), headers)
+    return EventStream(answers, events(answers, first, written, include_usage=usage, keep_alive=keep_alive), headers)
 
 
 def _refused(piece: Piece, headers: Mapping[str, str]) -> Response:
@@ -127,19 +114,3 @@ def _refused(piece: Piece, headers: Mapping[str, str]) -> Response:
     if failed is None:
         raise ValueError("this piece has not failed")
     return respond(failed.message, failed.code, failed_status(failed), headers=headers)
-
-
-def head(asked: Asked, kind: str, prefix: str) -> dict[str, Any]:
-    """What every body and every event of an answer begins with."""
-    identifier = f"{prefix}-{uuid.uuid4().hex}"
-    return {"id": identifier, "object": kind, "created": int(time.time()), "model": asked.model}
-
-
-def usage(asked: Asked, ends: Sequence[Piece]) -> dict[str, int]:
-    """Tokens of the prompts, each counted once, and of all choices."""
-    used = sum(piece.used for piece in ends)
-    return {
-        "prompt_tokens": asked.prompt_tokens,
-        "completion_tokens": used,
-        "total_tokens": asked.prompt_tokens + used,
-    }

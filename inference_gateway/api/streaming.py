@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from inference_gateway import request_record
 from inference_gateway.api.answering import Answers, Piece
 from inference_gateway.api.errors import body_of_error, error_body, failed_status, server_fault
+from inference_gateway.api.format import Format
 from inference_gateway.engine.base import Failed
 from policy.errors import PolicyError
 from seqr.errors import SeqrError
@@ -18,29 +19,6 @@ from seqr.errors import SeqrError
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = b": keep-alive\n\n"
-
-
-class Form(Protocol):
-    """How one route writes the events of an answer."""
-
-    @property
-    def head(self) -> Mapping[str, Any]:
-        """What every event begins with."""
-        ...
-
-    def opening(self) -> Iterable[Mapping[str, Any]]:
-        """The choices that open the stream, one event each."""
-        ...
-
-    def choices(self, piece: Piece) -> Iterable[Mapping[str, Any]]:
-        """The choices that a piece becomes, one event each; the last of a choice has its finish_reason."""
-        ...
-
-    def closing(self, ends: Sequence[Piece]) -> Mapping[str, Any]:
-        """What the last choice's event says beside the choice, with the last pieces of all choices."""
-        ...
-
-    def usage(self, ends: Sequence[Piece]) -> Mapping[str, int]: ...
 
 
 class EventStream(StreamingResponse):
@@ -60,7 +38,7 @@ class EventStream(StreamingResponse):
 
 
 async def events(
-    answers: Answers, first: Piece | None, form: Form, *, include_usage: bool, keep_alive: float
+    answers: Answers, first: Piece | None, written: Format, *, include_usage: bool, keep_alive: float
 ) -> AsyncGenerator[bytes]:
     """The events of a stream. ``first`` is the piece that has been read already, if it came in time.
 
@@ -68,8 +46,8 @@ async def events(
     """
     silent = {"usage": None} if include_usage else {}
     ends: list[Piece] = []
-    for choice in form.opening():
-        yield _event({**form.head, "choices": [choice], **silent})
+    for choice in written.opening():
+        yield _event({**written.event(choice), **silent})
     piece = first
     while True:
         if piece is None:
@@ -92,14 +70,14 @@ async def events(
             break
         if piece.reason is not None:
             ends.append(piece)
-        written = [{**form.head, "choices": [choice], **silent} for choice in form.choices(piece)]
+        bodies = [{**written.event(choice), **silent} for choice in written.parts(piece)]
         if len(ends) == answers.count:
-            written[-1] |= form.closing(ends)
-        for body in written:
+            bodies[-1] |= written.closing(ends)
+        for body in bodies:
             yield _event(body)
         piece = None
     if include_usage and len(ends) == answers.count:
-        yield _event({**form.head, "choices": [], "usage": form.usage(ends)})
+        yield _event({**written.event(), "usage": written.usage(ends)})
     yield b"data: [DONE]\n\n"
 
 

@@ -27,7 +27,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class BatchSplit:
     """How one flat batch splits into sequences; made once per step and read by every layer.
 
     ``singles`` [S] are the flat positions of sequences with a past and one new token; ``single_mask`` [S, 1, 1, K]
@@ -42,7 +42,7 @@ class AttentionPlan:
     order: torch.Tensor | None
 
 
-def plan_attention(query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> AttentionPlan:
+def split_batch(query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> BatchSplit:
     """Split a flat batch; lengths are per sequence, in batch order, and a key length includes the new tokens."""
     singles: list[tuple[int, int, int]] = []
     longer: list[tuple[int, int, int, int]] = []
@@ -63,13 +63,13 @@ def plan_attention(query_lengths: Sequence[int], key_lengths: Sequence[int], dev
         spans.append(Span(q_start, q_start + q_len, read, read + k_len, mask))
         read += k_len
     if not singles:
-        return AttentionPlan(tuple(spans), None, None, None)
+        return BatchSplit(tuple(spans), None, None, None)
     flat, starts, lengths = (torch.tensor(column, device=device) for column in zip(*singles, strict=True))
     reach = torch.arange(longest, device=device)
     keys = starts[:, None] + torch.minimum(reach[None, :], lengths[:, None] - 1)
     mask = (reach[None, :] < lengths[:, None])[:, None, None, :]
     rest = [torch.arange(k_start, k_start + k_len, device=device) for _, _, k_start, k_len in longer]
-    return AttentionPlan(tuple(spans), flat, mask, torch.cat([keys.flatten(), *rest]))
+    return BatchSplit(tuple(spans), flat, mask, torch.cat([keys.flatten(), *rest]))
 
 
 def paged_attention(
@@ -83,28 +83,28 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention per sequence; query [1, H, T, D], new keys and values [1, G, T, D], result [1, T, H, D].
 
-    The cache must read in the plan's order.
+    The cache must read in the order of the split.
     """
     if kwargs.get("softcap") is not None or hasattr(module, "sinks"):
         raise ValueError(f"the attention '{NAME}' knows neither soft-capped scores nor attention sinks")
-    plan: AttentionPlan | None = kwargs.get("attention_plan")
+    split: BatchSplit | None = kwargs.get("batch_split")
     cache = kwargs.get("cache")
-    if plan is None or cache is None:
-        raise ValueError(f"the attention '{NAME}' runs inside the continuous batch only: no plan or cache was given")
+    if split is None or cache is None:
+        raise ValueError(f"the attention '{NAME}' runs inside the continuous batch only: no split or cache was given")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     heads, groups = query.shape[1], key.shape[1]
     queries = query[0].transpose(0, 1)
     out = torch.zeros(queries.shape[0], heads, value.shape[-1], dtype=query.dtype, device=query.device)
-    if plan.singles is not None and plan.single_mask is not None:
-        rows, longest = plan.single_mask.shape[0], plan.single_mask.shape[-1]
-        picked = queries.index_select(0, plan.singles).view(rows, groups, heads // groups, -1)
+    if split.singles is not None and split.single_mask is not None:
+        rows, longest = split.single_mask.shape[0], split.single_mask.shape[-1]
+        picked = queries.index_select(0, split.singles).view(rows, groups, heads // groups, -1)
         k, v = (
             side[0, :, : rows * longest].transpose(0, 1).view(rows, longest, groups, side.shape[-1]).transpose(1, 2)
             for side in (key, value)
         )
-        answer = functional.scaled_dot_product_attention(picked, k, v, attn_mask=plan.single_mask, scale=scaling)
-        out.index_copy_(0, plan.singles, answer.reshape(rows, heads, -1))
-    for span in plan.spans:
+        answer = functional.scaled_dot_product_attention(picked, k, v, attn_mask=split.single_mask, scale=scaling)
+        out.index_copy_(0, split.singles, answer.reshape(rows, heads, -1))
+    for span in split.spans:
         k, v = (
             side[:, :, span.k_start : span.k_end].repeat_interleave(heads // groups, dim=1) for side in (key, value)
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inference_gateway.engine.base import TokenShares
-from inference_gateway.engine.sequences import Sequence as Running
+from inference_gateway.engine.sequences import Running
 from inference_gateway.engine.stepper import Batch
 from seqr.library import PermissionRows
 from seqr.routing.evidence import GRID, Standing, total_recency

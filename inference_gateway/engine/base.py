@@ -133,13 +133,28 @@ class Failed:
 Event = Tokens | Finished | Failed
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """What an engine can hold and holds now; counters run from its start.
+@dataclass
+class Counters:
+    """What an engine has done since its start.
 
-    ``kv_blocks_used``: blocks that running requests hold, without those kept for their prefix alone. ``prefix_queries``
-    and ``prefix_hits``: prompt tokens looked up and found. ``preemptions``: requests that a full cache made start
-    again. ``step_seconds``: spent in ``steps`` forward passes with the drawing of tokens.
+    ``step_seconds``: spent in ``steps`` forward passes with the drawing of tokens. ``prefix_queries`` and
+    ``prefix_hits``: prompt tokens looked up and found. ``preemptions``: requests that a full cache made start again.
+    """
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+@dataclass(kw_only=True)
+class EngineInfo(Counters):
+    """What an engine can hold, holds now and has done.
+
+    ``kv_blocks_used``: blocks that running requests hold, without those kept for their prefix alone.
     """
 
     max_model_length: int
@@ -148,17 +163,10 @@ class EngineInfo:
     waiting: int
     adapters: tuple[AdapterKey, ...]
     library_version: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
     alive: bool
     kv_blocks: int = 0
     kv_blocks_used: int = 0
     permission_rows: int = 1
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
-    step_seconds: float = 0.0
 
 
 class StepGuard(Protocol):

@@ -7,14 +7,13 @@ What is used and why:
 - A forward pre-hook sees ``cu_seq_lens_q`` and ``position_ids`` of the flat batch, and says in which order the cache is
   read (``read_index``); ``requests_in_batch`` names its sequences in the same order, in chunked prefill too.
   ``logits_processor_args`` would not do: it leaves out sequences that get no token in this step.
-- A logits processor at the end of the list draws tokens request by request; the library would sample all alike.
+- A logits processor at the end of the list draws tokens request by request; transformers would sample all alike.
 - The output router hands tokens over on the worker's thread, once per step, before anybody else sees them.
-- Cache blocks are shared by the library's ledger, but under names of ours: its own cover the tokens and nothing else.
+- Cache blocks are shared by transformers' ledger, but under names of ours: its own cover the tokens and nothing else.
 
 ``tests/inference_gateway/test_batching_edge.py`` fails by name when any of it moves.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ import torch
 import transformers
 from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, requests, scheduler
+from transformers.generation.continuous_batching import cache, continuous_api
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
-from transformers.generation.continuous_batching.cache_allocators.cache_allocator import BlockLedger
 
 from inference_gateway.engine import attention, invariant
+from inference_gateway.engine.limits import EngineLimits
 from inference_gateway.engine.linears import FewRowsLinear, replace_linears
 from inference_gateway.engine.prefixes import block_name
 from inference_gateway.engine.stepper import Batch, Output, Slice, Stepper
@@ -38,7 +37,7 @@ from seqr.step import reset_context, set_context
 TRANSFORMERS = "5.23.0"
 # A worker that cannot finish a single step is broken; one bad step now and then is not.
 MAX_FAILED_STEPS = 5
-# What the library's log would say with tokens in it.
+# What transformers' log would say with tokens in it.
 WITH_TOKENS = ("Request with ids", "generated a useless token")
 STOPPED = "the engine's worker has stopped; the gateway has to be restarted"
 
@@ -50,19 +49,8 @@ class BatchingEdge:
 
     _stepper: Stepper
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        max_requests: int,
-        max_batch_tokens: int,
-        kv_tokens: int,
-        page_size: int,
-        prefix_sharing: bool = False,
-        deterministic: bool = False,
-        threads: int | None = None,
-    ):
-        """threads: see ``EngineLimits``."""
+    def __init__(self, model: Any, limits: EngineLimits):
+        """Raises ``EngineIncompatible`` for another transformers, or a model that is served by no path here."""
         check_version()
         kinds = set(cache.group_layers_by_attn_type(model.config.get_text_config()))
         if kinds != {"full_attention"}:
@@ -70,29 +58,29 @@ class BatchingEdge:
                 f"the base model has layers of {', '.join(sorted(kinds))}; this engine serves full attention only"
             )
         self._model = model
-        self._deterministic = deterministic
+        self._deterministic = limits.deterministic
         self._on_gpu = model.device.type == "cuda"
         if self._on_gpu:
             # cuDNN plans its attention anew for every shape, and every step brings new lengths.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        if deterministic:
+        if limits.deterministic:
             invariant.make_invariant(model)
         elif model.device.type == "cpu" and model.dtype == torch.float32:
             replace_linears(model, FewRowsLinear)
         AttentionInterface.register(attention.NAME, attention.paged_attention)
         AttentionInterface.register(invariant.NAME, invariant.invariant_attention)
-        model.set_attn_implementation(invariant.NAME if deterministic else attention.NAME)
+        model.set_attn_implementation(invariant.NAME if limits.deterministic else attention.NAME)
         self._manager = _Manager(
             model=model,
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=page_size,
-                num_blocks=-(-kv_tokens // page_size),
-                max_batch_tokens=max_batch_tokens,
-                max_requests_per_batch=max_requests,
+                page_size=limits.page_size,
+                num_blocks=-(-limits.kv_tokens // limits.page_size),
+                max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
+                max_requests_per_batch=limits.max_concurrent,
                 max_blocks_per_request=0,
                 cpu_offload_space=0.0,
-                allow_block_sharing=prefix_sharing,
+                allow_block_sharing=limits.prefix_sharing,
                 use_async_batching=False,
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,
@@ -100,7 +88,7 @@ class BatchingEdge:
         )
         self._manager.edge = self
         logging.getLogger("ContinuousBatchingLogger").addFilter(_names_no_token)
-        self.threads = threads
+        self.threads = limits.threads
         self._manager.output_router = _Router(self._hand_over)
         self._manager.logit_processor.logits_processor.append(_Picker(self._pick))
         self._manager.logit_processor.do_processing = True
@@ -162,7 +150,7 @@ class BatchingEdge:
 
     @property
     def _blocks(self) -> FullAttentionCacheAllocator:
-        """The library's allocator of KV blocks: one, as all layers are of full attention."""
+        """The allocator of KV blocks: one, as all layers are of full attention."""
         (allocator,) = self._manager.batch_processor.cache.cache_allocators.values()
         return allocator
 
@@ -197,8 +185,8 @@ class BatchingEdge:
         if "cache" not in kwargs:  # a plain forward pass, not the worker's
             return args, kwargs
         if self._on_gpu:
-            # This runs on the library's own stream. The batch was written on the default one, where other threads put
-            # libraries and permission rows, too; the library does not wait for it.
+            # This runs on transformers' own stream. The batch was written on the default one, where other threads put
+            # libraries and permission rows, too; nobody else waits for it.
             torch.cuda.current_stream(self._model.device).wait_stream(torch.cuda.default_stream(self._model.device))
         pending = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
@@ -216,11 +204,11 @@ class BatchingEdge:
         if self._deterministic:
             kwargs["sequence_lengths"] = tuple(zip(lengths, keys, strict=True))
         else:
-            plan = attention.plan_attention(lengths, keys, kwargs["input_ids"].device)
-            if plan.order is not None:
+            split = attention.split_batch(lengths, keys, kwargs["input_ids"].device)
+            if split.order is not None:
                 # The keys come out of the cache as the attention wants them, instead of being sorted in every layer.
-                kwargs["read_index"] = [index[plan.order] for index in kwargs["read_index"]]
-            kwargs["attention_plan"] = plan
+                kwargs["read_index"] = [index[split.order] for index in kwargs["read_index"]]
+            kwargs["batch_split"] = split
         return args, kwargs
 
     def _step(self, forward: Callable[[], None]) -> None:
@@ -289,13 +277,13 @@ class _StepFailed(Exception):
 
 
 class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
-    """The library's worker, made to survive a failed step."""
+    """The worker, made to survive a failed step."""
 
     edge: BatchingEdge
     failed_steps = 0
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """Keep the attention that was set: the library would refuse a name it does not know."""
+        """Keep the attention that was set: transformers would refuse a name it does not know."""
 
     def _create_batch_processor(self) -> Any:
         if self.edge.threads is not None:
@@ -304,6 +292,7 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         processor = super()._create_batch_processor()
         if processor.cache.use_prefix_sharing:
             self.edge._name_blocks(processor.cache)
+        _let_in_again(processor.scheduler)
         return processor
 
     def _generation_step(self) -> None:
@@ -324,6 +313,23 @@ class _Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         return True
 
 
+def _let_in_again(schedule: Any) -> None:
+    """Have a cancelled request make room for new ones, as a finished one does.
+
+    After a preemption the library lets nobody in before a request has finished, and takes no notice of one that is
+    cancelled, which is how all but the natural ends come about here: none left, it would let nobody in ever again.
+    """
+    clear = schedule.clear_cancelled_requests
+
+    def clear_and_let_in() -> list[Any]:
+        cleared: list[Any] = clear()
+        if cleared or not schedule.active_requests:
+            schedule.block_new_requests = False
+        return cleared
+
+    schedule.clear_cancelled_requests = clear_and_let_in
+
+
 class _Router(continuous_api.OutputRouter):  # type: ignore[misc]
     """Hands outputs to one place, on the worker's thread."""
 
@@ -339,7 +345,7 @@ class _Router(continuous_api.OutputRouter):  # type: ignore[misc]
 
 
 class _Picker:
-    """A logits processor that the library keeps, because it says that it supports continuous batching."""
+    """A logits processor that transformers keeps, because it says that it supports continuous batching."""
 
     supports_continuous_batching = True
 
@@ -362,45 +368,3 @@ def check_version() -> None:
             f"this gateway drives transformers {TRANSFORMERS}, but {transformers.__version__} is installed; "
             f"install transformers=={TRANSFORMERS}"
         )
-
-
-# Everything private that this file and its subclasses rely on, as (owner, name, parameters that must exist).
-PRIVATE_EDGE: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-    (continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", ("model", "auto_switch_to_flash")),
-    (continuous_api.ContinuousBatchingManager, "_generation_step", ()),
-    (continuous_api.ContinuousBatchingManager, "_generation_loop_body", ("batch_processor", "bootstrapping")),
-    (continuous_api.ContinuousBatchingManager, "_create_batch_processor", ()),
-    (continuous_api.ContinuousBatchingManager, "cancel_request", ("request_id",)),
-    (continuous_api.ContinuousBatchingManager, "pause", ()),
-    (continuous_api.OutputRouter, "deliver", ("output",)),
-    (continuous_api.OutputRouter, "deliver_batch", ("outputs",)),
-    (continuous_api.OutputRouter, "fail_and_deliver", ("state", "error")),
-    (continuous_api.ContinuousBatchProcessor, "handle_batch_error", ("error",)),
-    (continuous_api.ContinuousBatchProcessor, "fail_all_requests", ("error",)),
-    (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ("requests_in_batch",)),
-    (cache, "group_layers_by_attn_type", ("config",)),
-    (cache.PagedAttentionCache, "update", ("key_states", "value_states", "layer_idx", "kwargs")),
-    (cache.PagedAttentionCache, "search_prefix_match", ("request_id", "prompt_ids")),
-    (cache.PagedAttentionCache, "mark_complete_blocks", ("state", "complete_blocks")),
-    (requests.RequestState, "to_generation_output", ()),
-    (scheduler.Scheduler, "finish_request", ("request_id",)),
-    (scheduler.Scheduler, "set_request_cancellation", ("request_id",)),
-    (FullAttentionCacheAllocator, "get_read_indices", ("request_id", "past_length", "query_length")),
-    (FullAttentionCacheAllocator, "update", ("read_index", "write_index")),
-    (FullAttentionCacheAllocator, "acquire_prefix_blocks", ("request_id", "prefix_len", "block_ids")),
-    (BlockLedger, "register_new_hash", ("block_id", "block_hash")),
-    (BlockLedger, "evict_cached_blocks", ()),
-)
-
-
-def missing_edge() -> list[str]:
-    """The names of private parts that are no longer where this file expects them; empty when all is well."""
-    gone = []
-    for owner, name, parameters in PRIVATE_EDGE:
-        member = getattr(owner, name, None)
-        known = set(inspect.signature(member).parameters) if callable(member) else set()
-        if member is None or not set(parameters) <= known:
-            gone.append(f"{owner.__name__}.{name}({', '.join(parameters)})")
-    if not {"state", "has_new_token", "query_length"} <= set(requests.FutureRequestState.__slots__):
-        gone.append("FutureRequestState.__slots__")
-    return gone

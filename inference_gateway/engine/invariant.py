@@ -39,7 +39,7 @@ def invariant_attention(
 ) -> tuple[torch.Tensor, None]:
     """``attention.paged_attention`` with bits that do not depend on the batch: same arguments, same shapes.
 
-    Takes the keyword ``lengths``: (new tokens, all tokens) of each sequence, in batch order.
+    Takes the keyword ``sequence_lengths``: (new tokens, all tokens) of each sequence, in batch order.
     """
     if kwargs.get("softcap") is not None or hasattr(module, "sinks"):
         raise ValueError(f"the attention '{NAME}' knows neither soft-capped scores nor attention sinks")

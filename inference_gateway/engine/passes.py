@@ -3,7 +3,7 @@
 from inference_gateway.engine.base import Failed
 from inference_gateway.engine.batching_edge import BatchingEdge
 from inference_gateway.engine.prefixes import chain_of
-from inference_gateway.engine.sequences import Sequence, SequenceTable
+from inference_gateway.engine.sequences import Running, SequenceTable
 from seqr.library import Library
 
 REPLACED = Failed("adapter_replaced", "a silo's adapter changed while this answer was being written; ask again")
@@ -18,7 +18,7 @@ class Passes:
         self._sequences = sequences
         self._prefix_sharing = prefix_sharing
 
-    def submit(self, sequence: Sequence, library: Library) -> None:
+    def submit(self, sequence: Running, library: Library) -> None:
         """Queue the pass that a sequence has come to. Raises ``EngineStopped``."""
         # The worker gives at least one token; of a prompt that is only read it is thrown away.
         tokens = 1 if sequence.reading else sequence.request.max_tokens
@@ -27,6 +27,10 @@ class Passes:
         self._edge.submit(sequence.pass_id, sequence.request.prompt, tokens, sorted(sequence.ends))
         if sequence.ended:  # by its asker, the policy or a swap, before there was a pass to cancel
             self._edge.cancel(sequence.pass_id)
+
+    def cancel(self, pass_id: str) -> None:
+        """Have the worker drop a pass whose request has ended; one that it does not have is none of its business."""
+        self._edge.cancel(pass_id)
 
     def end(self, request_id: str, why: Failed | None) -> None:
         """End a request and cancel its pass, telling its asker why if given; one that has ended is left alone."""

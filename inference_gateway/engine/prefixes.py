@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from inference_gateway.engine.base import AdapterKey, GenerationRequest
-from inference_gateway.engine.sequences import Sequence as Running
+from inference_gateway.engine.sequences import Running
 from seqr.library import Library, PermissionRows
 from seqr.routing.evidence import Standing
 from seqr.step import standing_lead

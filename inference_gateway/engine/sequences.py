@@ -14,11 +14,11 @@ READING = "/reading"
 
 
 @dataclass
-class Sequence:
+class Running:
     """One request. ``deliver`` hands an event to whoever asked, from any thread, and never blocks.
 
     ``ends``: the tokens that end its answer. ``reading``: the base model reads its prompt and gathers the evidence that
-    becomes ``standing``; the answer begins after that. Both passes are requests of their own to the library, by
+    becomes ``standing``; the answer begins after that. Both passes are requests of their own to transformers, by
     ``pass_id``. ``margin``: by how much the prompt spoke for its winner, see ``TokenShares``. ``token_shares``: those
     of tokens not yet handed out. ``chain``: the root of its cache blocks' names and the names, while it may share them,
     under ``library_version``.
@@ -93,33 +93,33 @@ class SequenceTable:
 
     def __init__(self, slots: int):
         self._lock = threading.Lock()
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, Running] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._released: list[int] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Running]:
         with self._lock:
             return iter(list(self._sequences.values()))
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Running) -> None:
         with self._lock:
             if sequence.request_id in self._sequences:
                 raise ValueError(f"request id {sequence.request_id} is in use")
             self._sequences[sequence.request_id] = sequence
 
-    def get(self, pass_id: str) -> Sequence | None:
+    def get(self, pass_id: str) -> Running | None:
         """The sequence whose current pass has this id."""
         with self._lock:
             sequence = self._sequences.get(pass_id.removesuffix(READING))
             return sequence if sequence is not None and sequence.pass_id == pass_id else None
 
-    def slot_of(self, sequence: Sequence) -> int | None:
-        """The evidence slot of a sequence, taken now if it has none; None when all are in use."""
+    def slot_of(self, sequence: Running) -> int | None:
+        """The evidence slot of a sequence, taken now if it has none; None when it has ended or all are in use."""
         with self._lock:
-            if sequence.slot is None and self._free:
+            if sequence.slot is None and self._free and not sequence.ended:
                 sequence.slot = self._free.pop()
             return sequence.slot
 
@@ -130,7 +130,7 @@ class SequenceTable:
             self._free.extend(released)
             return released
 
-    def has_read(self, sequence: Sequence, standing: Standing) -> None:
+    def has_read(self, sequence: Running, standing: Standing) -> None:
         """End the pass that read the prompt: its slot is free, and nothing that still comes of it counts."""
         with self._lock:
             sequence.reading, sequence.standing, sequence.next_position = False, standing, 0
@@ -138,7 +138,7 @@ class SequenceTable:
                 self._released.append(sequence.slot)
                 sequence.slot = None
 
-    def end(self, request_id: str, event: Event | None) -> Sequence | None:
+    def end(self, request_id: str, event: Event | None) -> Running | None:
         """End a request, telling its asker ``event`` if given; None if it had ended before. Tokens cannot follow."""
         with self._lock:
             sequence = self._sequences.pop(request_id, None)

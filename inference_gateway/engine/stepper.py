@@ -1,4 +1,4 @@
-"""What the engine and the library's worker tell each other about a step."""
+"""What the engine and the worker of transformers tell each other about a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

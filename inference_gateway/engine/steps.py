@@ -3,18 +3,16 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from inference_gateway.engine.attribution import Part, attribute, attributed_parts, prompt_margin, watched_tokens
-from inference_gateway.engine.base import Failed, Finished, StepGuard
+from inference_gateway.engine.base import Counters, Failed, Finished, StepGuard
 from inference_gateway.engine.passes import BROKEN, REPLACED, Passes
 from inference_gateway.engine.prefixes import reach_of
 from inference_gateway.engine.residents import Residents
-from inference_gateway.engine.sequences import Sequence as Running
-from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.engine.sequences import Running, SequenceTable
 from inference_gateway.engine.stepper import Batch, Output, Slice
 from inference_gateway.errors import EngineStopped, GrammarTooComplex
 from seqr.routing.evidence import EvidenceStale, Standing
@@ -24,19 +22,6 @@ if TYPE_CHECKING:  # needs Triton
     from inference_gateway.engine.kernel_routing import KernelStep
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """See ``EngineInfo``."""
-
-    steps: int = 0
-    step_seconds: float = 0.0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
 
 
 class Steps:
@@ -85,6 +70,8 @@ class Steps:
         nobody = Segment(0, one.position, one.length, -1, "per_token")
         sequence = self._sequences.get(one.request_id)
         if sequence is None or sequence.ended:
+            # Its cancellation may have come before the pass itself, and is then forgotten.
+            self._passes.cancel(one.request_id)
             return nobody
         if not sequence.within(self._residents.keys):
             self._end_pass(one.request_id, REPLACED)
@@ -97,6 +84,8 @@ class Steps:
         if mode == "prompt_evidence" and not sequence.reading:
             return Segment(row, one.position, one.length, mode=mode, standing=standing or Standing({}))
         slot = self._sequences.slot_of(sequence)
+        if sequence.ended:
+            return nobody
         try:
             if slot is None:
                 raise EvidenceStale("all evidence slots are in use")

@@ -16,8 +16,7 @@ from inference_gateway.engine.limits import EngineLimits
 from inference_gateway.engine.passes import BROKEN, REPLACED, Passes
 from inference_gateway.engine.residents import Residents
 from inference_gateway.engine.sampling import Matcher, Sampler, sampler_of
-from inference_gateway.engine.sequences import Sequence as Running
-from inference_gateway.engine.sequences import SequenceTable
+from inference_gateway.engine.sequences import Running, SequenceTable
 from inference_gateway.engine.steps import Steps
 from seqr.adapter import Adapter
 from seqr.library import Library, Statistics
@@ -54,16 +53,7 @@ class TransformersEngine:
         self._changing = threading.Lock()
         self._admission = asyncio.Semaphore(limits.max_concurrent)
         self._waiting = 0
-        self._edge = BatchingEdge(
-            model,
-            max_requests=limits.max_concurrent,
-            max_batch_tokens=max(limits.max_batch_tokens, limits.max_concurrent),
-            kv_tokens=limits.kv_tokens,
-            page_size=limits.page_size,
-            prefix_sharing=limits.prefix_sharing,
-            deterministic=limits.deterministic,
-            threads=limits.threads,
-        )
+        self._edge = BatchingEdge(model, limits)
         self._passes = Passes(self._edge, self._sequences, limits.prefix_sharing)
         self.steps = Steps(self._residents, self._sequences, self._passes, guard, len(plan.modules))
 

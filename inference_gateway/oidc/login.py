@@ -3,6 +3,7 @@
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ class Oidc:
     async def aclose(self) -> None:
         await self._issuer.aclose()
 
-    async def user_of(self, token: str) -> str:
-        """The user whom a bearer token names. Raises TokenInvalid, IssuerUnreachable."""
+    async def bearer(self, token: str) -> tuple[str, datetime | None]:
+        """The user whom a bearer token names, and when it ends. Raises TokenInvalid, IssuerUnreachable."""
         claims = await self._verified(token, self.settings.audience or self.settings.client_id)
-        return tokens.user_of(claims, self.settings.user_claim)
+        return tokens.user_of(claims, self.settings.user_claim), tokens.end_of(claims)
 
     async def begin(self) -> tuple[str, str]:
         """The address to send the browser to, and the cookie that it must come back with. Raises IssuerUnreachable."""

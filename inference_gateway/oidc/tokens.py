@@ -3,6 +3,7 @@
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import jwt
@@ -120,6 +121,14 @@ def user_of(claims: Mapping[str, Any], claim: str) -> str:
     if not isinstance(user_id, str) or not is_valid_id(user_id):
         raise TokenInvalid(f"its claim {claim} is missing or no user id")
     return user_id
+
+
+def end_of(claims: Mapping[str, Any]) -> datetime | None:
+    """When the token of these verified claims stops counting; None beyond the calendar."""
+    try:
+        return datetime.fromtimestamp(int(claims["exp"]) + LEEWAY_S, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _equal(found: Any, wanted: str) -> bool:

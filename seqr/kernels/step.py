@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 class DeviceStepMissing(SeqrError):
     """A routed site ran without a step: nobody said who may use what, so it does not run at all."""
 
-    code = "step_missing"
+    code = "device_step_missing"
 
 
 class DeviceStepMismatch(SeqrError):
     """A step that does not describe the forward pass that read it."""
 
-    code = "step_mismatch"
+    code = "device_step_mismatch"
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Short public texts on which every adapter is calibrated: nobody's data, the same in every gateway of a release."""
 
-from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
@@ -11,11 +10,6 @@ from seqr.public_calibration import CalibrationText
 def public_texts() -> tuple[str, ...]:
     """The texts, in order: statements, questions, requests, notices, code and figures, a sentence or two each."""
     return tuple(line for line in _read().splitlines() if line)
-
-
-def public_text_digest() -> str:
-    """SHA-256 (hex) of the texts: two gateways with the same digest calibrate on the same text."""
-    return sha256(_read().encode()).hexdigest()
 
 
 def _read() -> str:

@@ -74,10 +74,6 @@ class AdapterPool:
             raise PoolMismatch(f"there is no adapter {name} in this pool; it has {', '.join(self.names) or 'none'}")
         return self.names.index(name)
 
-    def a_of(self, module: int, column: int) -> torch.Tensor:
-        """A of one adapter in one module: fp32 [r, n]."""
-        return self.a[module] if self.shared else self.a[module][column]
-
     def _check(self, name: str, adapter: Factors, first: Factors) -> None:
         if set(adapter) != set(self.modules):
             odd = sorted(set(adapter) ^ set(self.modules))

@@ -1,6 +1,7 @@
 """One tiny model and one plan for all tests of the gateway, and one running gateway for those that speak HTTP."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import uvicorn
 
 from inference_gateway.app import create_app
 from inference_gateway.coordinator_client import CoordinatorClient
-from inference_gateway.service import Service
+from inference_gateway.service import Service, Serving
 from inference_gateway.settings import Settings
 from policy.db import create_engine_for, upgrade
 from policy.keys import create_pepper
@@ -103,6 +104,27 @@ def make_world(model_dir: Path, plan: Plan, gateway: Gateway) -> Callable[[Path]
     return make
 
 
+class Stand(Service):
+    """A gateway in which a test may serve requests with something ``instead``, once it is ready."""
+
+    instead: Serving | None = None
+
+    @property
+    def serving(self) -> Serving:
+        own = super().serving
+        return self.instead or own
+
+
+class Server(uvicorn.Server):
+    """Says which loop it runs in."""
+
+    loop: asyncio.AbstractEventLoop
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+
 class Running:
     """A gateway under uvicorn in a thread."""
 
@@ -112,11 +134,11 @@ class Running:
         client = CoordinatorClient(
             "http://coordinator", API_KEY, transport=httpx.ASGITransport(app=world.coordinator.app)
         )
-        self.service = Service(world.settings, client, **service)
+        self.service = Stand(world.settings, client, **service)
         self.app = create_app(self.service)
         port = world.settings.port
         config = uvicorn.Config(self.app, port=port, ws="none", log_config=None, timeout_graceful_shutdown=2)
-        self.server = uvicorn.Server(config)
+        self.server = Server(config)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
 
     def start(self) -> "Running":
@@ -131,7 +153,7 @@ class Running:
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop of the server's thread."""
-        return self.service._tasks[0].get_loop()
+        return self.server.loop
 
     @property
     def url(self) -> str:

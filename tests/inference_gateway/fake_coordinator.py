@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,7 +23,7 @@ API_KEY = "seqr_gateway0_test"
 
 @dataclass
 class Revision:
-    """One row of the registry."""
+    """One row of the registry. ``cut``: each download of its bundle breaks off; ``gone``: its data key is destroyed."""
 
     revision_id: str
     silo_id: str
@@ -34,6 +35,8 @@ class Revision:
     adapter_digest: str | None = None
     verdict: tuple[str, str] | None = None
     purges: list[dsse.Envelope] = field(default_factory=list)
+    cut: bool = False
+    gone: bool = False
 
 
 class FakeCoordinator:
@@ -123,6 +126,10 @@ class FakeCoordinator:
 
     async def _bundle(self, request: Request) -> Response:
         row = self.revisions[request.path_params["rid"]]
+        if row.cut:
+            raise httpx.ReadError("the peer closed the connection")
+        if row.gone:
+            return JSONResponse({"code": "bundle_destroyed", "detail": "its data key is destroyed"}, status_code=410)
         return self._refused(request) or Response(row.blob, media_type="application/octet-stream")
 
     async def _report(self, request: Request) -> Response:

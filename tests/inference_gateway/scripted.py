@@ -39,11 +39,11 @@ def scripted(running: Running, script: Script) -> Iterator[ScriptedEngine]:
     """``running`` with an engine that follows ``script``."""
     serving = running.service.serving
     engine = ScriptedEngine(serving.engine, script)
-    running.service._serving = replace(serving, engine=engine)
+    running.service.instead = replace(serving, engine=engine)
     try:
         yield engine
     finally:
-        running.service._serving = serving
+        running.service.instead = None
 
 
 def says(running: Running, text: str, reason: str = "stop") -> Script:

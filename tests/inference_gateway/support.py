@@ -143,6 +143,11 @@ async def ask(
     return answer
 
 
+def cached_numbers(engine: TransformersEngine) -> int:
+    """How many numbers other than zero lie in the KV cache; nothing but a look into memory tells."""
+    return int(engine._edge._manager.batch_processor.cache.cache_tensor.count_nonzero())
+
+
 def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
     """Random prompts of mixed length, some longer than a step's token budget."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from inference_gateway.admission import Admission, Grant
+from inference_gateway.admission import Admission, Ticket
 from inference_gateway.engine.base import Event, Failed, Finished, GenerationRequest, Shares, Tokens, TokenShares
 from inference_gateway.errors import EngineStopped, Overloaded, QueueTimeout, RateLimited
 from inference_gateway.metrics import Metrics
@@ -61,12 +61,12 @@ def door(**settings: Any) -> Admission:
     return Admission(Settings(directory=Path("."), **settings), Metrics())
 
 
-def admit(admission: Admission, who: Principal = ALICE, limits: Any = UNSET, **asked: Any) -> Grant:
+def admit(admission: Admission, who: Principal = ALICE, limits: Any = UNSET, **asked: Any) -> Ticket:
     return admission.admit(who, limits, **({"prompt_tokens": 4, "max_tokens": 10, "model": "tiny"} | asked))
 
 
-async def read(grant: Grant, engine: Any, asked: GenerationRequest) -> list[Event]:
-    async with aclosing(grant.generate(engine, asked)) as events:
+async def read(ticket: Ticket, engine: Any, asked: GenerationRequest) -> list[Event]:
+    async with aclosing(ticket.generate(engine, asked)) as events:
         return [event async for event in events]
 
 
@@ -89,13 +89,13 @@ def test_an_answer_is_charged_by_its_tokens_and_its_reservation_comes_back() -> 
     async def session() -> None:
         admission, limits = door(), (Limits(tokens_per_minute=20), Limits())
         engine = ScriptedEngine(Tokens((1, 2)), Finished("stop"))
-        with admit(admission, limits=limits) as grant:  # 14 reserved
+        with admit(admission, limits=limits) as ticket:  # 14 reserved
             with pytest.raises(RateLimited):
                 admit(admission, limits=limits)
-            await read(grant, engine, request())
-            assert grant.generated == 2
-        with admit(admission, limits=limits) as grant:  # 4 + 2 used, 14 more
-            await read(grant, engine, request())
+            await read(ticket, engine, request())
+            assert ticket.generated == 2
+        with admit(admission, limits=limits) as ticket:  # 4 + 2 used, 14 more
+            await read(ticket, engine, request())
         with pytest.raises(RateLimited):  # 12 used
             admit(admission, limits=limits, max_tokens=5)
         admit(admission, limits=limits, max_tokens=4).close()
@@ -122,7 +122,7 @@ def test_fifty_parallel_requests_under_a_limit_of_seven_at_once_are_seven() -> N
     async def session() -> None:
         admission, limits = door(max_concurrent=64), (Limits(concurrent_requests=7), Limits())
 
-        async def one() -> Grant | RateLimited:
+        async def one() -> Ticket | RateLimited:
             await asyncio.sleep(0)
             try:
                 return admit(admission, limits=limits)
@@ -130,10 +130,10 @@ def test_fifty_parallel_requests_under_a_limit_of_seven_at_once_are_seven() -> N
                 return refusal
 
         ends = await asyncio.gather(*(one() for _ in range(50)))
-        grants = [end for end in ends if isinstance(end, Grant)]
-        assert len(grants) == 7
-        for grant in grants:
-            grant.close()
+        tickets = [end for end in ends if isinstance(end, Ticket)]
+        assert len(tickets) == 7
+        for ticket in tickets:
+            ticket.close()
         admit(admission, limits=limits).close()
 
     run(session)
@@ -153,8 +153,8 @@ def test_one_user_gets_all_places_but_one_unless_the_operator_says_otherwise(
 ) -> None:
     async def session() -> None:
         admission, engine = door(**({"max_concurrent": 4} | settings)), ScriptedEngine(None)
-        grant = admit(admission, answers=9)
-        answers = [asyncio.create_task(read(grant, engine, request(f"r{i}"))) for i in range(9)]
+        ticket = admit(admission, answers=9)
+        answers = [asyncio.create_task(read(ticket, engine, request(f"r{i}"))) for i in range(9)]
         while len(engine.asked) < most:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -162,7 +162,7 @@ def test_one_user_gets_all_places_but_one_unless_the_operator_says_otherwise(
         for answer in answers:
             answer.cancel()
         await asyncio.gather(*answers, return_exceptions=True)
-        grant.close()
+        ticket.close()
 
     run(session)
 
@@ -176,19 +176,19 @@ def test_an_answer_that_never_had_a_place_is_charged_nothing() -> None:
         with admit(admission, BOB) as held:
             async with aclosing(held.generate(holder, request("held"))) as events:
                 await anext(events)
-                with admit(admission, limits=limits) as grant, pytest.raises(QueueTimeout):
-                    await read(grant, engine, request())
+                with admit(admission, limits=limits) as ticket, pytest.raises(QueueTimeout):
+                    await read(ticket, engine, request())
                 with admit(admission, BOB) as other:
                     waiting = asyncio.create_task(read(other, engine, request("waits")))
                     await asyncio.sleep(0)
-                    with admit(admission, limits=limits) as grant, pytest.raises(Overloaded):
-                        await read(grant, engine, request())
+                    with admit(admission, limits=limits) as ticket, pytest.raises(Overloaded):
+                        await read(ticket, engine, request())
                     waiting.cancel()
                     await asyncio.gather(waiting, return_exceptions=True)
         assert (admission.queue.running, admission.queue.waiting, engine.asked) == (0, 0, [])
         for _ in range(2):
-            with admit(admission, limits=limits) as grant:
-                await read(grant, engine, request())
+            with admit(admission, limits=limits) as ticket:
+                await read(ticket, engine, request())
         assert value(admission, "seqr_requests_refused_total", reason="queue_timeout") == 1
         assert value(admission, "seqr_requests_refused_total", reason="overloaded") == 1
 
@@ -213,8 +213,8 @@ def test_closing_a_grant_twice_settles_once() -> None:
 def test_an_answer_that_takes_too_long_ends_with_request_timeout_and_leaves_the_engine() -> None:
     async def session() -> None:
         admission, engine = door(request_timeout_seconds=0.05), ScriptedEngine(Tokens((1,)), None)
-        with admit(admission) as grant:
-            events = await read(grant, engine, request())
+        with admit(admission) as ticket:
+            events = await read(ticket, engine, request())
         assert events[0] == Tokens((1,))
         assert events[1] == Failed("request_timeout", "the answer took longer than the 0.05 s that this gateway allows")
         assert engine.closed == ["r1"] and len(events) == 2
@@ -226,11 +226,11 @@ def test_an_answer_that_takes_too_long_ends_with_request_timeout_and_leaves_the_
 def test_waiting_counts_towards_the_deadline_of_the_request() -> None:
     async def session() -> None:
         admission = door(max_concurrent=1, request_timeout_seconds=0.05)
-        with admit(admission, BOB) as held, admit(admission) as grant:
+        with admit(admission, BOB) as held, admit(admission) as ticket:
             async with aclosing(held.generate(ScriptedEngine(Tokens((1,)), None), request("held"))) as events:
                 await anext(events)
                 with pytest.raises(QueueTimeout):
-                    await read(grant, ScriptedEngine(), request())
+                    await read(ticket, ScriptedEngine(), request())
 
     run(session)
 
@@ -241,16 +241,16 @@ def test_the_answers_of_one_request_take_a_place_each_and_are_charged_together()
         engine = ScriptedEngine(Tokens((1, 2, 3)), Finished("length"))
         most = 0
 
-        async def one(grant: Grant, name: str) -> None:
+        async def one(ticket: Ticket, name: str) -> None:
             nonlocal most
-            async with aclosing(grant.generate(engine, request(name))) as events:
+            async with aclosing(ticket.generate(engine, request(name))) as events:
                 async for _ in events:
                     most = max(most, admission.queue.running)
                     await asyncio.sleep(0)
 
-        with admit(admission, limits=limits, max_tokens=30) as grant:
-            await asyncio.gather(*(one(grant, f"r{number}") for number in range(3)))
-            assert (grant.generated, most) == (9, 2)
+        with admit(admission, limits=limits, max_tokens=30) as ticket:
+            await asyncio.gather(*(one(ticket, f"r{number}") for number in range(3)))
+            assert (ticket.generated, most) == (9, 2)
         assert admission.queue.running == 0
         assert value(admission, "vllm:request_success_total", finished_reason="length") == 3
         admit(admission, limits=limits, max_tokens=50 - 4 - 13).close()  # 4 + 9 of 50 are used
@@ -275,8 +275,8 @@ class SlowEngine(ScriptedEngine):
 def test_answers_of_one_request_do_not_time_out_behind_each_other() -> None:
     async def session() -> None:
         admission = door(max_concurrent=1, queue_timeout_seconds=0.05)
-        with admit(admission) as grant:
-            ends = await asyncio.gather(*(read(grant, SlowEngine(0.1), request(f"r{number}")) for number in range(3)))
+        with admit(admission) as ticket:
+            ends = await asyncio.gather(*(read(ticket, SlowEngine(0.1), request(f"r{number}")) for number in range(3)))
         assert ends == [[Finished("stop")]] * 3
 
     run(session)
@@ -285,10 +285,10 @@ def test_answers_of_one_request_do_not_time_out_behind_each_other() -> None:
 def test_answers_that_wait_already_are_patient_once_one_of_their_request_has_begun() -> None:
     async def session() -> None:
         admission = door(max_concurrent=1, queue_timeout_seconds=0.2)
-        with admit(admission, BOB) as other, admit(admission) as grant:
+        with admit(admission, BOB) as other, admit(admission) as ticket:
             async with aclosing(other.generate(ScriptedEngine(Tokens((1,)), None), request("held"))) as events:
                 await anext(events)
-                waiting = [asyncio.create_task(read(grant, SlowEngine(0.4), request(name))) for name in ("r1", "r2")]
+                waiting = [asyncio.create_task(read(ticket, SlowEngine(0.4), request(name))) for name in ("r1", "r2")]
                 await asyncio.sleep(0)
                 assert admission.queue.waiting == 2
             assert await asyncio.gather(*waiting) == [[Finished("stop")]] * 2
@@ -301,11 +301,11 @@ def test_only_the_prompts_that_had_a_place_are_charged() -> None:
         admission = door(max_concurrent=1, max_waiting=0)
         limits = (Limits(tokens_per_day=100), Limits())
         engine = ScriptedEngine(Tokens((1,)), Finished("stop"))
-        with admit(admission, limits=limits, prompt_tokens=4 + 60, max_tokens=20) as grant:
-            async with aclosing(grant.generate(engine, request("begins"))) as events:
+        with admit(admission, limits=limits, prompt_tokens=4 + 60, max_tokens=20) as ticket:
+            async with aclosing(ticket.generate(engine, request("begins"))) as events:
                 await anext(events)
                 with pytest.raises(Overloaded):
-                    await read(grant, engine, request("refused", prompt=60))
+                    await read(ticket, engine, request("refused", prompt=60))
                 async for _ in events:
                     pass
         admit(admission, limits=limits, prompt_tokens=95, max_tokens=0).close()  # 4 + 1 of 100 are used
@@ -329,8 +329,8 @@ def test_an_engine_that_raises_counts_as_failed_and_not_as_left_by_the_client() 
                 raise self._error
 
         for error, code in ((EngineStopped("gone"), "engine_stopped"), (ValueError("?"), "internal_error")):
-            with admit(admission) as grant, pytest.raises(type(error)):
-                await read(grant, Breaks(error), request())
+            with admit(admission) as ticket, pytest.raises(type(error)):
+                await read(ticket, Breaks(error), request())
             assert value(admission, "seqr_answers_failed_total", code=code) == 1
         assert value(admission, "vllm:request_success_total") is None
         assert admission.queue.running == 0
@@ -347,15 +347,15 @@ def test_an_answer_is_counted_by_how_it_ends() -> None:
             (Failed("permission_revoked", "over"),),
         ]
         for script in scripts:
-            with admit(admission) as grant:
-                await read(grant, ScriptedEngine(*script), request())
-        with admit(admission) as grant:  # the client leaves after a token
-            async with aclosing(grant.generate(ScriptedEngine(Tokens((1,)), None), request("left"))) as events:
+            with admit(admission) as ticket:
+                await read(ticket, ScriptedEngine(*script), request())
+        with admit(admission) as ticket:  # the client leaves after a token
+            async with aclosing(ticket.generate(ScriptedEngine(Tokens((1,)), None), request("left"))) as events:
                 await anext(events)
-        with admit(admission) as grant:  # a stop string
-            async with aclosing(grant.generate(ScriptedEngine(Tokens((1,)), None), request("full"))) as events:
+        with admit(admission) as ticket:  # a stop string
+            async with aclosing(ticket.generate(ScriptedEngine(Tokens((1,)), None), request("full"))) as events:
                 await anext(events)
-                grant.complete("full")
+                ticket.complete("full")
         for reason, count in (("stop", 2), ("length", 1), ("abort", 1)):
             assert value(admission, "vllm:request_success_total", finished_reason=reason, model_name="tiny") == count
         assert value(admission, "seqr_answers_failed_total", code="permission_revoked") == 1
@@ -375,11 +375,11 @@ def test_shares_are_counted_for_the_operator_and_told_only_to_who_asked(everythi
         admission = door(count_all_shares=everything)
         token = Tokens((1,), shares=(TokenShares({"clinic": 3}, 4, None),), totals=SHARES)
         engine = ScriptedEngine(token, Finished("stop", SHARES))
-        with admit(admission) as grant:
-            assert await read(grant, engine, request()) == [Tokens((1,)), Finished("stop")]
+        with admit(admission) as ticket:
+            assert await read(ticket, engine, request()) == [Tokens((1,)), Finished("stop")]
         assert engine.asked[0].attribution is everything
-        with admit(admission) as grant:
-            assert await read(grant, engine, request(attribution=True)) == [token, Finished("stop", SHARES)]
+        with admit(admission) as ticket:
+            assert await read(ticket, engine, request(attribution=True)) == [token, Finished("stop", SHARES)]
         assert value(admission, "seqr_routing_choices_total", silo="clinic") == 6
         assert value(admission, "seqr_routing_choices_total", silo="") == 2
 
@@ -392,11 +392,11 @@ def test_shares_are_counted_up_to_where_an_answer_ends_however_it_ends(end: str)
         admission = door(count_all_shares=True)
         first, second = (Tokens((1,), totals=totals) for totals in (Shares({"clinic": 1}, {}, 2, 0), SHARES))
         last = Failed("permission_revoked", "over") if end == "a failure" else None
-        with admit(admission) as grant:
-            async with aclosing(grant.generate(ScriptedEngine(first, second, last), request("r"))) as events:
+        with admit(admission) as ticket:
+            async with aclosing(ticket.generate(ScriptedEngine(first, second, last), request("r"))) as events:
                 assert [await anext(events), await anext(events)] == [Tokens((1,))] * 2
                 if end == "a stop string":
-                    grant.complete("r")
+                    ticket.complete("r")
                 elif end == "a failure":
                     assert await anext(events) == last
         assert value(admission, "seqr_routing_choices_total", silo="clinic") == 3

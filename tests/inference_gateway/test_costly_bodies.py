@@ -113,7 +113,7 @@ def own(make_world: Callable[[Path], World], tmp_path: Path) -> Iterator[Running
 def test_a_user_whose_prompts_take_long_takes_no_threads_from_others(own: Running, route: str) -> None:
     serving = own.service.serving
     slow = SlowTokenizer(serving.tokenizer, "slow")
-    own.service._serving = replace(serving, tokenizer=slow)
+    own.service.instead = replace(serving, tokenizer=slow)
     sent = {"model": "tiny", "prompt": "slow"} | ({"max_tokens": 1} if route == "/v1/completions" else {})
     with ThreadPoolExecutor(41) as pool:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from inference_gateway.engine.base import Failed, Finished, GenerationRequest, Tokens
+from inference_gateway.engine.batching_edge import BatchingEdge
 from inference_gateway.engine.transformers_engine import TransformersEngine
 from seqr.plan import Plan
 from tests.inference_gateway.support import (
@@ -16,6 +17,7 @@ from tests.inference_gateway.support import (
     Reference,
     Resident,
     ask,
+    cached_numbers,
     prompts,
     resident,
     serve,
@@ -103,8 +105,7 @@ def test_a_revoked_adapter_ends_its_requests_and_leaves_the_library_and_the_cach
         version = await engine.revoke(alpha.key)
         count = engine.info().generated_tokens
         _, end = await rest_of(events)
-        cache = engine._edge._manager.batch_processor.cache.cache_tensor
-        return engine.info().generated_tokens - count, end, before, version, engine.info(), int(cache.count_nonzero())
+        return engine.info().generated_tokens - count, end, before, version, engine.info(), cached_numbers(engine)
 
     late, end, before, version, info, left = serve(model_dir, plan, use, [alpha])
     assert isinstance(end, Failed) and end.code == "adapter_replaced" and late == 0
@@ -134,14 +135,14 @@ def test_a_request_comes_in_while_a_revoked_adapter_is_wiped_from_the_cache(
     wiping, came_in = threading.Event(), threading.Event()
 
     async def use(engine: TransformersEngine) -> Any:
-        wipe = engine._edge.wipe_cache
+        wipe = BatchingEdge.wipe_cache
 
-        def slow(keep: list[str]) -> None:
+        def slow(edge: BatchingEdge, keep: list[str]) -> None:
             wiping.set()
             came_in.wait(10)
-            wipe(keep)
+            wipe(edge, keep)
 
-        monkeypatch.setattr(engine._edge, "wipe_cache", slow)
+        monkeypatch.setattr(BatchingEdge, "wipe_cache", slow)
         revoking = asyncio.create_task(engine.revoke(alpha.key))
         await asyncio.to_thread(wiping.wait, 10)
         asking = asyncio.create_task(ask(engine, "meanwhile", prompts(1)[0], []))
@@ -187,7 +188,7 @@ def test_a_request_that_ends_before_it_is_submitted_leaves_no_pass_behind(
         other = asyncio.create_task(ask(engine, "other", prompts(1)[0], [alpha.key], max_tokens=3000))
         while not engine.info().steps:
             await asyncio.sleep(0.001)
-        submit, begin, steps = engine._edge.submit, engine.steps.begin, []
+        submit, begin, steps = BatchingEdge.submit, engine.steps.begin, []
 
         def spy(batch: Any) -> Any:
             steps.extend(1 for one in batch.slices if one.request_id == "mine")
@@ -195,7 +196,7 @@ def test_a_request_that_ends_before_it_is_submitted_leaves_no_pass_behind(
 
         engine.steps.begin = spy  # type: ignore[method-assign]
 
-        def late(request_id: str, *args: Any) -> None:
+        def late(edge: BatchingEdge, request_id: str, *args: Any) -> None:
             assert engine.info().running == 2
             guard.lost = {"mine": gone}
             while engine.info().running == 2:
@@ -203,9 +204,9 @@ def test_a_request_that_ends_before_it_is_submitted_leaves_no_pass_behind(
             ended = engine.info().steps
             while engine.info().steps < ended + 2:  # until what was said to the worker about the request is forgotten
                 time.sleep(0.001)
-            submit(request_id, *args)
+            submit(edge, request_id, *args)
 
-        monkeypatch.setattr(engine._edge, "submit", late)
+        monkeypatch.setattr(BatchingEdge, "submit", late)
         mine = await ask(engine, "mine", prompts(1)[0], [alpha.key], max_tokens=3000)
         monkeypatch.undo()
         await ask(engine, "tick", [5], [])
@@ -240,11 +241,11 @@ def test_a_closed_stream_gives_back_its_slot_and_its_cache(model_dir: Path, plan
             await events.aclose()
         whole = await ask(engine, "whole", prompts(1)[0], [alpha.key])
         await ask(engine, "tick", [5], [])
-        return whole, engine.info().running, [engine._edge.cached_blocks(f"r{i}") for i in range(20)]
+        return whole, engine.info().running, engine.info().kv_blocks_used
 
     whole, still, blocks = serve(model_dir, plan, use, [alpha], max_concurrent=2)
     assert whole.tokens == Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
-    assert still == 0 and blocks == [[]] * 20
+    assert still == 0 and blocks <= 1  # the last request's, until the next step
 
 
 def test_more_requests_than_places_wait_their_turn(model_dir: Path, plan: Plan, alpha: Resident) -> None:
@@ -293,10 +294,10 @@ def test_a_second_users_prefill_shares_no_block_with_the_firsts(
         await ask(engine, "alice", text, [alpha.key], max_tokens=4)
         bob = await ask(engine, "bob", text, [beta.key], max_tokens=4)
         await first.aclose()
-        return prefilled, bob.tokens, engine._edge._manager.batch_processor.cache.use_prefix_sharing
+        return prefilled, bob.tokens, engine.info().prefix_queries
 
-    prefilled, tokens, sharing = serve(model_dir, plan, use, [alpha, beta])
-    assert prefilled["alice"] == prefilled["bob"] == len(text) and sharing is False
+    prefilled, tokens, looked_up = serve(model_dir, plan, use, [alpha, beta])
+    assert prefilled["alice"] == prefilled["bob"] == len(text) and looked_up == 0
 
     async def cold(engine: TransformersEngine) -> Any:
         return (await ask(engine, "bob", text, [beta.key], max_tokens=4)).tokens
@@ -323,3 +324,48 @@ def test_one_users_overflow_ends_that_request_and_reaches_nobody_else(
     expected = Reference(model_dir, plan, [alpha]).answer(prompts(1)[0], ["alpha"], "prompt_evidence")
     assert [answer.tokens for answer in answers[::2]] == [expected] * 3
     assert all(isinstance(answer.end, Failed) for answer in answers[1::2])
+
+
+def test_requests_are_let_in_after_everybody_left_whom_a_preemption_spared(
+    model_dir: Path, plan: Plan, alpha: Resident
+) -> None:
+    """As when their client closes the connection, a stop string comes or a deadline passes."""
+
+    async def use(engine: TransformersEngine) -> Any:
+        prompt = tuple(range(3, 43))
+
+        async def listen(name: str) -> None:
+            async for event in engine.generate(
+                GenerationRequest(name, prompt, 80, frozenset([alpha.key]), "per_token")
+            ):
+                assert isinstance(event, Tokens)
+
+        # Both are let in, and together they outgrow the cache.
+        both, most = [asyncio.create_task(listen(name)) for name in ("one", "two")], 0
+        while (used := engine.info().kv_blocks_used) >= most and not any(task.done() for task in both):
+            most = used
+            await asyncio.sleep(0.001)
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+        return used, most, await asyncio.wait_for(ask(engine, "next", prompt, [alpha.key], max_tokens=3), 60)
+
+    used, most, answer = serve(
+        model_dir, plan, use, [alpha], kv_tokens=160, max_batch_tokens=64, page_size=16, prefix_sharing=False
+    )
+    assert 0 < used < most, "nobody was preempted"
+    assert isinstance(answer.end, Finished) and len(answer.tokens) == 3
+
+
+def test_a_pass_whose_cancellation_came_too_early_is_dropped(model_dir: Path, plan: Plan, alpha: Resident) -> None:
+    async def use(engine: TransformersEngine) -> Any:
+        engine._edge.submit("nobody's", prompts(1)[0], 4000, [])
+        answer = await ask(engine, "next", prompts(1)[0], [alpha.key], max_tokens=3)
+        for _ in range(3000):
+            if engine.info().kv_blocks_used == 0:
+                break
+            await asyncio.sleep(0.01)
+        return answer, engine.info().kv_blocks_used, engine.info().steps
+
+    answer, used, steps = serve(model_dir, plan, use, [alpha])
+    assert isinstance(answer.end, Finished) and used == 0 and steps < 100

@@ -277,6 +277,66 @@ def test_one_refused_silo_does_not_keep_the_others_waiting(
     assert (bad.state, good.state) == ("quarantined", "active") and list(engine.loaded) == ["beta"]
 
 
+def test_a_bundle_that_cannot_be_fetched_keeps_neither_removals_nor_others_waiting(
+    coordinator: FakeCoordinator,
+    intake: Intake,
+    engine: StubEngine,
+    plan: Plan,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served = coordinator.stage("beta", 1, random_adapter(plan, 1))
+    retired = coordinator.stage("gamma", 1, random_adapter(plan, 2))
+    one_pass(intake)
+    coordinator.stage("alpha", 1, random_adapter(plan, 3)).cut = True
+    coordinator.stage("delta", 1, random_adapter(plan, 4)).cut = True
+    last = coordinator.stage("omega", 1, random_adapter(plan, 5))
+    served.state, retired.state = "quarantined", "retired"
+    for _ in range(3):
+        one_pass(intake)
+    assert sorted(engine.loaded) == ["omega"] and last.state == "active" and retired.state == "destroyed"
+    assert "rev-delta-1" in str(intake.status.last_error)
+    # Once each, however often it is tried.
+    assert sorted(line.split(":")[1] for line in caplog.messages if "intake waits" in line) == [
+        " revision rev-alpha-1",
+        " revision rev-delta-1",
+    ]
+    coordinator.revisions["rev-alpha-1"].cut = coordinator.revisions["rev-delta-1"].cut = False
+    one_pass(intake)
+    assert sorted(engine.loaded) == ["alpha", "delta", "omega"] and intake.status.last_error is None
+
+
+def test_what_may_no_longer_be_served_leaves_before_anything_is_checked(
+    coordinator: FakeCoordinator,
+    intake: Intake,
+    engine: StubEngine,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = coordinator.stage("beta", 1, random_adapter(plan, 1))
+    one_pass(intake)
+    served.state = "quarantined"
+    coordinator.stage("alpha", 1, random_adapter(plan, 2))
+    resident: list[list[str]] = []
+    check = intake.check
+    monkeypatch.setattr(intake, "check", lambda *given: (resident.append(sorted(engine.loaded)), check(*given))[1])
+    one_pass(intake)
+    assert resident == [[]] and sorted(engine.loaded) == ["alpha"]
+
+
+def test_a_bundle_that_is_destroyed_does_not_keep_a_gateway_from_being_ready(
+    coordinator: FakeCoordinator, make_intake: Callable[[StubEngine], Intake], intake: Intake, plan: Plan
+) -> None:
+    coordinator.stage("alpha", 1, random_adapter(plan, 1))
+    coordinator.stage("beta", 1, random_adapter(plan, 2))
+    one_pass(intake)
+    coordinator.revisions["rev-alpha-1"].gone = True
+    fresh = StubEngine()
+    restarted = make_intake(fresh)
+    one_pass(restarted)
+    assert sorted(fresh.loaded) == ["beta"] and restarted.status.settled
+    assert restarted.status.refused == {"rev-alpha-1": "bundle_destroyed"}
+
+
 def test_a_new_revision_replaces_the_old_one_which_is_purged_and_sworn_to(
     coordinator: FakeCoordinator, intake: Intake, engine: StubEngine, plan: Plan, gateway: Gateway
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inference_gateway.engine.attention import paged_attention, plan_attention
+from inference_gateway.engine.attention import paged_attention, split_batch
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 
@@ -52,12 +52,12 @@ def test_each_sequence_attends_to_itself_alone(lengths: list[tuple[int, int]]) -
     query = torch.randn(1, HEADS, tokens, SIZE)
     key, value = torch.randn(2, 1, GROUPS, tokens, SIZE)
     cache = Pages(lengths, past)
-    plan = plan_attention([new for new, _ in lengths], [known for _, known in lengths], query.device)
-    read = cache.read if plan.order is None else cache.read[plan.order]
+    split = split_batch([new for new, _ in lengths], [known for _, known in lengths], query.device)
+    read = cache.read if split.order is None else cache.read[split.order]
     layer = nn.Module()
     layer.layer_idx = 0  # type: ignore[assignment]
     got, _ = paged_attention(
-        layer, query, key, value, None, scaling=0.3, attention_plan=plan, cache=cache, read_index=[read]
+        layer, query, key, value, None, scaling=0.3, batch_split=split, cache=cache, read_index=[read]
     )
     start = 0
     for (new, known), (old_keys, old_values) in zip(lengths, past, strict=True):

@@ -136,6 +136,22 @@ def test_a_lost_role_ends_what_was_asked_with_a_key(policy: Policy) -> None:
         assert policy.lost() == "access_ended"
 
 
+def test_a_token_that_expires_ends_its_answers_and_no_others(policy: Policy) -> None:
+    policy.caller = replace(policy.permissions.logged_in("alice"), expires_at=policy.now + timedelta(minutes=5))
+    later = replace(policy.caller, expires_at=policy.now + timedelta(minutes=10))
+    decision = policy.permissions.decide("alice")
+    with policy.watching("alpha"), policy.permissions.watching("later", later, decision, frozenset()):
+        policy.now += timedelta(minutes=4)
+        policy.store.create_user("bob", **HOW)  # the policy is read anew, and says nothing about tokens
+        assert policy.lost() is None
+        policy.now += timedelta(minutes=1)
+        assert {name: why.code for name, why in policy.permissions.withdrawn().items()} == {"r": "access_ended"}
+        policy.now += timedelta(minutes=5)
+        assert policy.permissions.withdrawn()["later"].code == "access_ended"
+        lost = policy.permissions.lost(policy.caller, decision, frozenset())
+        assert lost is not None and lost.code == "access_ended"
+
+
 def test_a_log_out_ends_the_answers_of_its_session_and_no_others(policy: Policy) -> None:
     open_ = {"this browser", "another"}
     permissions = Permissions(policy.engine, PEPPER, lambda: policy.now, open_.__contains__)

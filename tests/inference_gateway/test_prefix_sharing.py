@@ -13,7 +13,7 @@ from inference_gateway.engine.prefixes import block_name, chain_root
 from inference_gateway.engine.transformers_engine import EngineLimits, TransformersEngine
 from seqr.frame import NO_FRAME, Frame
 from seqr.plan import Plan
-from tests.inference_gateway.support import Reference, Resident, prompts, resident, serve
+from tests.inference_gateway.support import Reference, Resident, cached_numbers, prompts, resident, serve
 
 TEXT = [7 + i % 250 for i in range(200)]
 PAGE = 16
@@ -265,14 +265,13 @@ def test_blocks_die_with_the_library_they_belong_to(
     model_dir: Path, plan: Plan, alpha: Resident, beta: Resident
 ) -> None:
     async def scenario(log: Prefilled) -> Any:
-        cache = log.engine._edge._manager.batch_processor.cache.cache_tensor
         await log.ask("one", TEXT, [alpha])
         await log.engine.load(beta.key, beta.adapter, beta.statistics)
         await log.ask("two", TEXT, [alpha])
         await log.ask("three", TEXT, [alpha])
-        before = int(cache.count_nonzero())
+        before = cached_numbers(log.engine)
         await log.engine.revoke(alpha.key)
-        return log.first, before, int(cache.count_nonzero()), log.engine.info().kv_blocks_used
+        return log.first, before, cached_numbers(log.engine), log.engine.info().kv_blocks_used
 
     first, before, after, used = sharing(model_dir, plan, [alpha], scenario)
     assert first == {"one": 0, "two": 0, "three": 192}

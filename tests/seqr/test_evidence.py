@@ -158,7 +158,7 @@ def test_evidence_is_clipped_so_that_one_loud_token_does_not_decide_for_good() -
 
 def test_a_sequence_settles_on_the_adapter_its_tokens_speak_for() -> None:
     """Tokens that each excite one adapter a little more: token by token the others win some, together they do not."""
-    module = LIBRARY.module(PLAN.modules[0].name)
+    module = LIBRARY.stacks[0]
     z = some_z(60, 3)
     lead = scores(z[0], module.gram, module.offset)[:, :4]
     others = torch.cat([lead[:, :2], lead[:, 3:]], dim=1).amax(1)
@@ -185,10 +185,10 @@ def test_a_silo_that_joins_begins_at_zero_and_the_others_keep_what_they_have() -
     before = state.sums[:, 3].clone()
     grown = LIBRARY.add("aa", 1, toy_adapter(PLAN, 77))
     state.remap(grown.columns, grown.width)
-    moved = [grown.column(silo) for silo in LIBRARY.silos]
+    moved = [grown.silos.index(silo) for silo in LIBRARY.silos]
     assert torch.equal(state.sums[:, 3][:, moved], before[:, :4])
-    assert not bool(state.sums[:, 3, grown.column("aa")].any())
-    rows.rebind(grown)
+    assert not bool(state.sums[:, 3, grown.silos.index("aa")].any())
+    rows = PermissionRows(grown)
     choices = run(rows, state, [Segment(rows.row_for(SILOS), 5, 3, 3)], [z[:, 5:]])[0]
     silos = [[grown.silos[c] for c in token] for token in choices]
     assert silos == [[LIBRARY.silos[c] for c in token] for token in in_one(LIBRARY, z)[0][5:]]
@@ -201,7 +201,7 @@ def test_a_silo_that_leaves_takes_its_evidence_with_it() -> None:
     old = state.sums
     without = LIBRARY.remove("b")
     state.remap(without.columns, without.width)
-    rows.rebind(without)
+    rows = PermissionRows(without)
     assert not bool(old.any())
     assert not bool(state.sums[:, 0, 3:].any())
     choices = run(rows, state, [Segment(rows.row_for(SILOS), 5, 3, 0)], [z[:, 5:]])[0]
@@ -214,8 +214,8 @@ def test_a_new_revision_begins_at_zero() -> None:
     run(rows, state, [Segment(rows.row_for(SILOS), 0, 5, 0)], [some_z(5, 7)])
     retrained = LIBRARY.replace("c", 2, toy_adapter(PLAN, 78))
     state.remap(retrained.columns, retrained.width)
-    assert not bool(state.sums[:, 0, retrained.column("c")].any())
-    assert bool(state.sums[:, 0, retrained.column("d")].any())
+    assert not bool(state.sums[:, 0, retrained.silos.index("c")].any())
+    assert bool(state.sums[:, 0, retrained.silos.index("d")].any())
 
 
 def test_the_library_may_grow_past_a_block_and_shrink_again() -> None:
@@ -237,7 +237,7 @@ def test_a_nan_in_one_adapter_changes_no_bit_of_the_others_and_is_never_chosen(p
         choices, sums = in_one(poisoned, z, permitted)
         expected, clean = in_one(LIBRARY, z, SILOS - {"b"})
         assert choices == expected
-        others = [LIBRARY.column(silo) for silo in "acd"]
+        others = [LIBRARY.silos.index(silo) for silo in "acd"]
         assert torch.equal(sums[:, others], clean[:, others])
     assert in_one(poisoned, z, frozenset("b"))[0] == [[-1] * MODULES] * 9
 

@@ -1,6 +1,6 @@
 """One test per attack. The attacker is the strongest there is: a silo that signs whatever it likes with its own key."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,7 +13,7 @@ from seqr.adapter import Adapter, adapter_digest, digests_of
 from seqr.bundle import MANIFEST_PAYLOAD_TYPE, Manifest, OpenedBundle, open_sealed, seal, sign_manifest
 from seqr.canonical import canonical_json
 from seqr.document import utc_text
-from seqr.intake import Expectation, check_bundle, collect_norms
+from seqr.intake import Expectation, adapter_norms, check_bundle
 from seqr.refusals import (
     BundleRefused,
     BundleTooLarge,
@@ -338,16 +338,21 @@ def test_a_huge_norm_is_refused(honest, upload, small_plan, expectation):
         check_bundle(upload(_with(honest, R, lambda r: r * 1e6)), small_plan, expectation)
 
 
+def norms_of(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
+    each = [adapter_norms(adapter) for adapter in adapters]
+    return {name: [norms[name] for norms in each] for name in each[0]}
+
+
 @pytest.mark.parametrize("factor", [50.0, 0.02])
 def test_a_norm_far_from_all_other_silos_is_refused(factor, honest, upload, make_adapter, small_plan, expectation):
-    norms = collect_norms(make_adapter(small_plan, seed) for seed in range(1, 6))
+    norms = norms_of(make_adapter(small_plan, seed) for seed in range(1, 6))
     assert check_bundle(upload(honest.tensors()), small_plan, expectation, norms)
     with refused(NormOutOfBounds, "expected", "as the 5 other adapters in the library have"):
         check_bundle(upload(_with(honest, R, lambda r: r * factor)), small_plan, expectation, norms)
 
 
 def test_too_few_peers_say_nothing_about_a_norm(honest, upload, make_adapter, small_plan, expectation):
-    norms = collect_norms(make_adapter(small_plan, seed) for seed in (1, 2))
+    norms = norms_of(make_adapter(small_plan, seed) for seed in (1, 2))
     assert check_bundle(upload(_with(honest, R, lambda r: r * 50)), small_plan, expectation, norms)
 
 

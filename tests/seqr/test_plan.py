@@ -35,12 +35,6 @@ def test_a_signed_plan_survives_transport(small_plan, coordinator_key):
     assert sign_plan(small_plan, coordinator_key).to_json() == envelope.to_json()
 
 
-def test_modules_are_found_by_name(small_plan):
-    assert small_plan.module("layers.0.v") == ModuleSpec("layers.0.v", 12, 8)
-    with pytest.raises(KeyError, match="lm_head"):
-        small_plan.module("lm_head")
-
-
 def test_the_scale_is_alpha_over_rank(small_plan):
     assert small_plan.scale == 2.0
 

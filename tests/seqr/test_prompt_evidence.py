@@ -106,7 +106,7 @@ def test_a_silo_that_joins_has_no_evidence_and_one_that_leaves_takes_its_own_alo
     second = max(sorted(SILOS - {LIBRARY.silos[first]}), key=lambda silo: values[silo])
     assert [without.silos[c] for c in settled(standing, SILOS, without)] == [second]
     grown = LIBRARY.add("aa", 1, toy_adapter(PLAN, 77))
-    assert standing.row(grown.columns, grown.width)[grown.column("aa")] == 0.0
+    assert standing.row(grown.columns, grown.width)[grown.silos.index("aa")] == 0.0
 
 
 def test_what_a_sequence_may_not_use_leaves_no_evidence_in_it() -> None:
@@ -122,11 +122,11 @@ def test_what_a_sequence_may_not_use_leaves_no_evidence_in_it() -> None:
 def test_a_new_revision_does_not_inherit_the_evidence_of_the_old_one() -> None:
     standing = read(some_z(9, 4))
     retrained = LIBRARY.replace("c", 2, toy_adapter(PLAN, 78))
-    assert standing.row(retrained.columns, 64)[retrained.column("c")] == 0.0
+    assert standing.row(retrained.columns, 64)[retrained.silos.index("c")] == 0.0
 
 
 def test_without_any_evidence_the_lowest_permitted_silo_answers() -> None:
-    assert settled(Standing({}), frozenset("bd")) == [LIBRARY.column("b")]
+    assert settled(Standing({}), frozenset("bd")) == [LIBRARY.silos.index("b")]
 
 
 @pytest.mark.parametrize("part", ["q", "r", "mu", "sigma"])

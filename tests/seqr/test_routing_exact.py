@@ -263,7 +263,7 @@ def test_a_step_routes_exactly_by_default_and_the_library_holds_what_it_needs() 
     step = StepContext(rows, [Segment(rows.row_for("abc"), 0, 64, mode="per_token")])
     assert step.choose(0, z).tolist() == [1] * 64
     part = adapter.modules["first"]
-    truth = library.module("first").truth
+    truth = library.stacks[0].truth
     assert torch.equal(truth.r[0], part.r)
     assert (float(truth.mu[0]), float(truth.sigma[0])) == (part.mu, part.sigma)
 

@@ -126,7 +126,7 @@ def told(provider: Provider, caplog: pytest.LogCaptureFixture, clock: Clock, tmp
             with pytest.raises(
                 IssuerUnreachable, match="the identity provider cannot be reached, so log-ins cannot be"
             ):
-                await oidc.user_of(provider.token())
+                await oidc.bearer(provider.token())
         finally:
             await oidc.aclose()
 

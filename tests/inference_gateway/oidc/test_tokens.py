@@ -7,12 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from inference_gateway.oidc.tokens import LEEWAY_S
 from policy.limits import Limits
 from tests.inference_gateway.conftest import HOW, Running
 from tests.inference_gateway.oidc.conftest import Opening
@@ -180,6 +182,39 @@ def test_a_token_that_must_not_count_is_refused_with_the_reason(house: Running, 
 def test_the_times_may_be_off_by_half_a_minute(house: Running, provider: Provider) -> None:
     now = int(time.time())
     assert ask(house, provider.token(exp=now - 10, iat=now + 10, nbf=now + 10)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_token_that_expires_ends_what_is_being_written_for_it_and_nothing_else(
+    house: Running, provider: Provider, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    steps, together = house.service.serving.engine.steps, 0
+    ends, begin = int(time.time()) + 5, steps.begin
+
+    def hold(batch: Any) -> Any:
+        nonlocal together
+        together += sum(one.predicts for one in batch.slices) == 2
+        if together == 8:  # both answers are being written
+            time.sleep(max(0.0, ends + 0.1 - time.time()))
+        return begin(batch)
+
+    def answer(token: str) -> httpx.Response:
+        return ask(house, token, "/v1/chat/completions", **BODY | {"max_tokens": 300, "stream": stream})
+
+    monkeypatch.setattr(steps, "begin", hold)
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(answer, provider.token(exp=ends - LEEWAY_S))
+        whole = pool.submit(answer, provider.token())
+        ended, other = short.result(), whole.result()
+    assert together >= 8 and ended.status_code == (200 if stream else 401)
+    told = [line.removeprefix("data: ") for line in ended.text.splitlines() if line.startswith("data: {")]
+    error = json.loads(told[-1] if stream else ended.text)["error"]
+    assert (error["code"], error["type"]) == ("access_ended", "authentication_error")
+    assert other.status_code == 200 and ("data: [DONE]" in other.text if stream else other.json()["choices"])
+
+
+def test_a_token_may_end_beyond_the_calendar(house: Running, provider: Provider) -> None:
+    assert ask(house, provider.token(exp=10**15)).status_code == 200
 
 
 def test_one_of_several_audiences_is_enough_where_the_client_is_this_one(house: Running, provider: Provider) -> None:

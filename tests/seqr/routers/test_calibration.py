@@ -37,7 +37,8 @@ def test_mu_and_sigma_are_those_of_every_norm_but_the_first_tokens(tiny_model_di
     x = torch.cat(seen).double()
     statistics = public_statistics(model, pool, texts, pad_token=0, batch_size=2)
     for column in range(3):
-        dense = pool.b_t[0][column].T.double() @ pool.a_of(0, column).double()
+        a = pool.a[0] if pool.shared else pool.a[0][column]
+        dense = pool.b_t[0][column].T.double() @ a.double()
         norms = (x @ dense.T).norm(dim=1)
         assert float(statistics.mu[0, column]) == pytest.approx(float(norms.mean()), rel=1e-4)
         assert float(statistics.sigma[0, column]) == pytest.approx(float(norms.std(correction=0)), rel=1e-4)

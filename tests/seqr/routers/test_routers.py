@@ -28,7 +28,8 @@ MakePool = Callable[..., AdapterPool]
 
 def delta(pool: AdapterPool, module: int, column: int) -> torch.Tensor:
     """B A of one adapter, dense fp64 [m, n]."""
-    return pool.b_t[module][column].T.double() @ pool.a_of(module, column).double()
+    a = pool.a[module] if pool.shared else pool.a[module][column]
+    return pool.b_t[module][column].T.double() @ a.double()
 
 
 def norm(pool: AdapterPool, module: int, column: int, x: torch.Tensor) -> float:
