@@ -14,7 +14,7 @@ from seqr.errors import SeqrError
 from seqr.plan import ModuleSpec, Plan
 from seqr.routing.exact import Truth, bounds
 from seqr.routing.features import feature_count, gram
-from seqr.routing.per_token import Columns
+from seqr.routing.per_token import Columns, Together
 from seqr.routing.products import COLUMN_BLOCK, column_blocks
 
 Statistics = Mapping[str, tuple[float, float]]
@@ -115,6 +115,7 @@ class Library:
             # bool [N]: the columns that are finite in every module, so that they may shape a whole sequence.
             self.finite = torch.stack([~stack.offset.isnan() for stack in self.stacks]).all(0)
         self._index = {spec.name: index for index, spec in enumerate(plan.modules)}
+        self._together: dict[tuple[int, int, bool], Together] = {}
 
     @classmethod
     def empty(cls, plan: Plan, device: torch.device | str = "cpu") -> "Library":
@@ -154,6 +155,14 @@ class Library:
     def revision(self, silo_id: str) -> int:
         """The revision resident for a silo; raises ``SiloNotPresent``."""
         return self.columns[self.column(silo_id)][1]
+
+    def together(self, first: int, count: int, exact: bool) -> Together:
+        """The stacks of ``count`` modules from ``first`` on, to be routed in one call; the same object every time."""
+        key = first, count, exact
+        if key not in self._together:
+            stacks = self.stacks[first : first + count]
+            self._together[key] = Together(stacks, tuple(stack.truth for stack in stacks) if exact else ())
+        return self._together[key]
 
     def permission_row(self, silos: Iterable[str]) -> torch.Tensor:
         """bool [N] on the CPU: True for the silos named and present; a silo that is not present is simply not there."""
