@@ -14,7 +14,7 @@ from seqr.errors import SeqrError
 from seqr.plan import ModuleSpec, Plan
 from seqr.routing.exact import Truth, bounds
 from seqr.routing.features import feature_count, gram
-from seqr.routing.per_token import Columns
+from seqr.routing.per_token import Columns, Together
 from seqr.routing.products import COLUMN_BLOCK, column_blocks
 
 Statistics = Mapping[str, tuple[float, float]]
@@ -115,6 +115,7 @@ class Library:
             # bool [N]: the columns that are finite in every module, so that they may shape a whole sequence.
             self.finite = torch.stack([~stack.offset.isnan() for stack in self.stacks]).all(0)
         self._index = {spec.name: index for index, spec in enumerate(plan.modules)}
+        self._together: dict[tuple[int, int, bool], Together] = {}
 
     @classmethod
     def empty(cls, plan: Plan, device: torch.device | str = "cpu") -> "Library":
@@ -141,6 +142,14 @@ class Library:
         """Without a silo's adapter; raises ``SiloNotPresent``. Its tensors are freed with the last library and step."""
         self._require(silo_id)
         return self._with([column for column in self._columns if column.silo_id != silo_id])
+
+    def together(self, first: int, count: int, exact: bool) -> Together:
+        """The stacks of ``count`` modules from ``first`` on, to be routed in one call; the same object every time."""
+        key = first, count, exact
+        if key not in self._together:
+            stacks = self.stacks[first : first + count]
+            self._together[key] = Together(stacks, tuple(stack.truth for stack in stacks) if exact else ())
+        return self._together[key]
 
     def permission_row(self, silos: Iterable[str]) -> torch.Tensor:
         """bool [N] on the CPU: True for the silos named and present; a silo that is not present is simply not there."""

@@ -1,6 +1,9 @@
 """A Linear that adds, to every token, the one permitted adapter that the step's router chooses."""
 
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -14,7 +17,7 @@ from seqr.plan import Plan
 from seqr.routing.groups import Groups
 from seqr.routing.optional import compiled
 from seqr.routing.products import ROW_TILE, ExactFp32, project, row_product
-from seqr.step import BaseOnly, StepMismatch, get_context
+from seqr.step import BaseOnly, StepContext, StepMismatch, base_only, get_context
 
 
 class ModelMismatch(SeqrError):
@@ -32,14 +35,19 @@ class RoutedLinear(nn.Module):
     as peft does in training. Rows with nobody are not touched: they are W x bit for bit.
     """
 
-    a_t: torch.Tensor
-
     def __init__(self, base: nn.Linear, a: torch.Tensor, index: int):
         """``a`` [r, n]: the shared A of this module; ``index``: the module's place in the plan."""
         super().__init__()
         self.base = base
         self.index = index
-        self.register_buffer("a_t", a.detach().to(base.weight.device, torch.float32).contiguous().T, persistent=False)
+        self.site = Site([a.detach().to(base.weight.device)], index)
+
+    @property
+    def a(self) -> torch.Tensor:
+        """The module's A, fp32 [r, n]."""
+        rank = self.site.a_t.shape[1] // self.site.count
+        start = rank * (self.index - self.site.first)
+        return self.site.a_t.T[start : start + rank]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., m]; all leading dimensions together are the step's T tokens."""
@@ -47,15 +55,14 @@ class RoutedLinear(nn.Module):
         y = cast(torch.Tensor, self.base(x))
         if isinstance(step, BaseOnly):
             return y
-        flat = x.reshape(-1, x.shape[-1])
-        tokens = flat.shape[0]
+        tokens = y.numel() // y.shape[-1]
         if tokens != step.tokens:
             raise StepMismatch(f"the step describes {step.tokens} tokens, but the layer was given {tokens}")
         if step.idle:
             return y
         with ExactFp32(x.device.type):
-            z = project(flat, self.a_t)[:tokens]
-            column, stack = step.choose(self.index, z), step.library.stacks[self.index]
+            z, column = self.site.route(x, step, self.index)
+            stack = step.library.stacks[self.index]
             if step.adds_nothing:
                 return y
             if compiled is not None and x.device.type == "cpu":
@@ -63,6 +70,56 @@ class RoutedLinear(nn.Module):
             else:
                 add_adapters(y.view(tokens, -1), z, stack.b_t, step.grouped(column))
         return y
+
+
+class Site(nn.Module):
+    """Adapted modules that follow each other and read one x, as q, k and v do: the first one called routes for all.
+
+    One product for all their z and one call for all their choices: in a decode step each of these is so small that
+    calling it is most of its cost.
+    """
+
+    a_t: torch.Tensor
+
+    def __init__(self, a: Sequence[torch.Tensor], first: int):
+        """``a``: the A [r, n] of each module; ``first``: the first module's place in the plan."""
+        super().__init__()
+        self.first, self.count = first, len(a)
+        together = torch.cat([part.to(torch.float32) for part in a])
+        self.register_buffer("a_t", together.T, persistent=False)
+        self._routed: _Routed | None = None
+
+    def route(self, x: torch.Tensor, step: StepContext, module: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """z fp32 [T, r] and the step's choices int64 [T] at ``module``, a place in the plan: x [..., n]."""
+        place = module - self.first
+        routed = self._routed
+        if place == 0 or routed is None or routed.x is not x or routed.step() is not step:
+            z = self._project(x)
+            if place:  # on its own: something else called it than the model that the site was found in
+                return z[place], step.choose(module, z[place])
+            routed = self._routed = _Routed(x, weakref.ref(step), z, step.choose_together(module, z))
+        if place == self.count - 1:
+            self._routed = None
+        return routed.z[place], routed.columns[place]
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [K, T, r]."""
+        flat = x.reshape(-1, x.shape[-1])
+        z = project(flat, self.a_t)[: flat.shape[0]]
+        return z.view(flat.shape[0], self.count, -1).transpose(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """What a site's first module has found for all of them, for the x and the step that it was given.
+
+    The step is not kept alive, nor its library with it, should the rest of the site never be called.
+    """
+
+    x: torch.Tensor
+    step: weakref.ref[StepContext]
+    z: torch.Tensor
+    columns: Sequence[torch.Tensor]
 
 
 def add_adapters(y: torch.Tensor, z: torch.Tensor, b_t: Sequence[torch.Tensor], groups: Groups) -> None:
@@ -114,6 +171,50 @@ def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> 
         routed[name] = RoutedLinear(linear, a[name], index)
         setattr(model.get_submodule(parent), child, routed[name])
     return routed
+
+
+def join_sites(model: nn.Module, plan: Plan) -> None:
+    """Let the modules of an adapted ``model`` that read the same x be routed together. Runs the base model once."""
+    for first, count in find_sites(model, plan):
+        parts = [cast(RoutedLinear, model.get_submodule(spec.name)) for spec in plan.modules[first : first + count]]
+        site = Site([part.a for part in parts], first)
+        for part in parts:
+            part.site = site
+
+
+def find_sites(model: nn.Module, plan: Plan) -> tuple[tuple[int, int], ...]:
+    """The plan's modules that follow each other and read the same tensor, each run of them as (first, how many).
+
+    Sees it in a forward pass of the adapted ``model``, a causal language model, over one token.
+    """
+    calls: list[tuple[int, torch.Tensor]] = []
+
+    def hook_for(index: int) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            calls.append((index, inputs[0]))
+
+        return model.get_submodule(plan.modules[index].name).register_forward_pre_hook(hook)
+
+    handles = [hook_for(index) for index in range(len(plan.modules))]
+    try:
+        with torch.inference_mode(), base_only():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = [index for index, _ in calls]
+    together = {
+        index
+        for (before, read), (index, x) in pairwise(calls)
+        if index == before + 1 and read is x and called.count(index) == called.count(before) == 1
+    }
+    sites: list[tuple[int, int]] = []
+    for index in range(len(plan.modules)):
+        if index in together:
+            sites[-1] = sites[-1][0], sites[-1][1] + 1
+        else:
+            sites.append((index, 1))
+    return tuple(sites)
 
 
 def find_linear(model: nn.Module, name: str, in_features: int, out_features: int, whose: str) -> nn.Linear:

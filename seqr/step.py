@@ -122,26 +122,35 @@ class StepContext:
 
     def choose(self, module: int, z: torch.Tensor) -> torch.Tensor:
         """The column for each token at module ``module`` (its index in the plan): z [T, r] fp32 -> int64 [T], or -1."""
-        if self._seen[module]:
-            raise StepMismatch(
-                f"module {module} was already passed in this step: every forward pass needs its own step"
-            )
-        self._seen[module] = 1
+        return self.choose_together(module, z[None])[0]
+
+    def choose_together(self, module: int, z: torch.Tensor) -> Sequence[torch.Tensor]:
+        """``choose`` at the K modules from ``module`` on, in turn: z fp32 [K, T, r], contiguous -> K of int64 [T]."""
+        passed = range(module, module + z.shape[0])
+        if self._watches and len(passed) > 1:
+            # A lead is seen only before the next module adds to the evidence.
+            return [self.choose(one, its) for one, its in zip(passed, z, strict=True)]
+        for one in passed:
+            if self._seen[one]:
+                raise StepMismatch(
+                    f"module {one} was already passed in this step: every forward pass needs its own step"
+                )
+            self._seen[one] = 1
         if self._settled_column is not None and self._modes == {"prompt_evidence"}:
-            column = self._settled_column
+            columns: Sequence[torch.Tensor] = [self._settled_column] * len(passed)
         else:
-            column = self._by_score(module, z)
-        self.choices.append(column)
+            columns = self._by_score(module, z).unbind()
+        self.choices += columns
         for watch in self._watches:
-            self._leads[watch.mode].append(self._lead(watch, module, z, column.index_select(0, watch.tokens)))
-        return column
+            self._leads[watch.mode].append(self._lead(watch, module, z[0], columns[0].index_select(0, watch.tokens)))
+        return columns
 
     def _by_score(self, module: int, z: torch.Tensor) -> torch.Tensor:
         if self._pass is None:
             column = self._per_token(module, z)
         else:
-            stack = self.library.stacks[module]
-            column = self._pass.route_activations(module, z, stack, self._gate)
+            modules = self.library.together(module, z.shape[0], exact=False)
+            column = self._pass.route_together(module, z, modules, self._gate)
             if "per_token" in self._modes:
                 column = torch.where(self._gathers, column, self._per_token(module, z))
         if self._settled_column is None:
@@ -149,8 +158,8 @@ class StepContext:
         return torch.where(self._settled, self._settled_column, column)
 
     def _per_token(self, module: int, z: torch.Tensor) -> torch.Tensor:
-        stack = self.library.stacks[module]
-        return per_token.route_activations(z, stack, self._gate, stack.truth if self._exact else None)
+        modules = self.library.together(module, z.shape[0], self._exact)
+        return per_token.route_together(z, modules, self._gate)
 
     def _lead(self, watch: "_Watch", module: int, z: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         stack = self.library.stacks[module]

@@ -10,6 +10,7 @@ from inference_gateway.engine.limits import EngineLimits
 from inference_gateway.errors import EngineIncompatible
 from seqr.library import Library, PermissionRows
 from seqr.plan import Plan
+from seqr.routed_linear import join_sites
 from seqr.routing.evidence import EvidenceState
 
 if TYPE_CHECKING:  # needs Triton
@@ -33,6 +34,7 @@ class Residents:
         self.keys: frozenset[AdapterKey] = frozenset()
         self.retiring: frozenset[AdapterKey] = frozenset()
         self.evidence = EvidenceState(len(plan.modules), slots, (), self.library.width, model.device)
+        join_sites(model, plan)
         self.kernels = _kernels(model, plan, self.library, limits)
         self.membership = threading.Lock()
 

@@ -1,8 +1,6 @@
 """A model that ``seqr.routed_linear.adapt_model`` has adapted, made to run on these kernels where a step says so."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -12,8 +10,7 @@ from seqr.kernels.step import has_step
 from seqr.kernels.tables import SiteTables
 from seqr.library import Library
 from seqr.plan import Plan
-from seqr.routed_linear import RoutedLinear
-from seqr.step import base_only
+from seqr.routed_linear import RoutedLinear, find_sites
 
 
 class SwitchedLinear(nn.Module):
@@ -45,10 +42,10 @@ class AdaptedSites:
         Runs the base model once, over one token, to see what they read. Raises ``SiteMismatch`` off a GPU.
         """
         names = [spec.name for spec in plan.modules]
-        sites = _sites(model, names)
+        sites = find_sites(model, plan)
         for site, (first, count) in enumerate(sites):
             linears = [_routed(model, name) for name in names[first : first + count]]
-            together = RoutedSite([one.base for one in linears], [one.a_t.T for one in linears], site, first)
+            together = RoutedSite([one.base for one in linears], [one.a for one in linears], site, first)
             for name, linear, part in zip(names[first : first + count], linears, together.parts(), strict=True):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, SwitchedLinear(linear, part))
@@ -69,34 +66,3 @@ def _routed(model: nn.Module, name: str) -> RoutedLinear:
     if not isinstance(module, RoutedLinear):
         raise TypeError(f"module {name} must be adapted first, got {type(module).__name__}")
     return module
-
-
-def _sites(model: nn.Module, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    calls: list[tuple[int, torch.Tensor]] = []
-
-    def hook_for(index: int) -> torch.utils.hooks.RemovableHandle:
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            calls.append((index, inputs[0]))
-
-        return model.get_submodule(names[index]).register_forward_pre_hook(hook)
-
-    handles = [hook_for(index) for index in range(len(names))]
-    try:
-        with torch.inference_mode(), base_only():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = [index for index, _ in calls]
-    together = {
-        index
-        for (before, read), (index, x) in pairwise(calls)
-        if index == before + 1 and read is x and called.count(index) == called.count(before) == 1
-    }
-    sites: list[tuple[int, int]] = []
-    for index in range(len(names)):
-        if index in together:
-            sites[-1] = sites[-1][0], sites[-1][1] + 1
-        else:
-            sites.append((index, 1))
-    return tuple(sites)

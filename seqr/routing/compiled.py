@@ -10,7 +10,7 @@ Needs Numba, which compiles a function when it is first called and keeps the res
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -53,25 +53,30 @@ def _pointer(_context: Any, address: Any) -> Any:
     return types.CPointer(types.float32)(address), code
 
 
-def score_product(z: torch.Tensor, blocks: torch.Tensor, rows: torch.Tensor) -> Floats:
-    """``seqr.routing.products.block_product`` of z's features: z [T, r], blocks [N / 64, F, 64] -> [N / 64, T', 64].
+def score_product(z: torch.Tensor, blocks: Sequence[torch.Tensor], rows: torch.Tensor) -> Floats:
+    """``seqr.routing.products.block_product`` of z's features for K modules, each with its own -> [K, N / 64, T', 64].
 
-    rows [T', F]: where the features are put; its rows from T on must be zero.
+    z [K, T, r]; blocks: K of [N / 64, F, 64]; rows [K, T', F]: where the features are put; their rows from T on must be
+    zero.
     """
     features(z.numpy(), rows.numpy())
-    product: Floats = block_product(rows, blocks).numpy()
-    return product
+    product = rows.new_empty(len(blocks), blocks[0].shape[0], rows.shape[1], BLOCK)
+    for of_z, its, out in zip(rows, blocks, product, strict=True):
+        block_product(of_z, its, out)
+    array: Floats = product.numpy()
+    return array
 
 
 @_compiled
 def features(z: Floats, out: Floats) -> None:
-    """``seqr.routing.features.features``: z [T, r] -> out [T', F]; rows from T on are not touched."""
-    for t in range(z.shape[0]):
-        k = 0
-        for i in range(z.shape[1]):
-            for j in range(i, z.shape[1]):
-                out[t, k] = z[t, i] * z[t, j]
-                k += 1
+    """``seqr.routing.features.features`` of K modules: z [K, T, r] -> out [K, T', F], but for its rows from T on."""
+    for m in range(z.shape[0]):
+        for t in range(z.shape[1]):
+            k = 0
+            for i in range(z.shape[2]):
+                for j in range(i, z.shape[2]):
+                    out[m, t, k] = z[m, t, i] * z[m, t, j]
+                    k += 1
 
 
 @_compiled
@@ -106,16 +111,39 @@ def choose_per_token(
     z: Floats,
     exact: bool,
     limits: Doubles,
+    r: Integers,
+    mu: Doubles,
+    sigma: Doubles,
+    column: Integers,
+) -> None:
+    """``seqr.routing.per_token.route`` of the product's scores for K modules -> column [K, T].
+
+    product [K, N / 64, T', 64], offset [K, N], permitted [T, N], z [K, T, r]; with ``exact`` the exact choice, which
+    wants what is in ``seqr.routing.exact.Truth``: limits [K, 4], mu and sigma [K, N], r [K], the address of each
+    module's fp32 [N, r, r].
+    """
+    for m in range(column.shape[0]):
+        _choose_per_token(
+            product[m], offset[m], permitted, z[m], exact, limits[m],
+            carray(_pointer(r[m]), (offset.shape[1], z.shape[2], z.shape[2]), np.float32), mu[m], sigma[m], column[m],
+        )  # fmt: skip
+
+
+@_compiled
+def _choose_per_token(
+    product: Floats,
+    offset: Floats,
+    permitted: Flags,
+    z: Floats,
+    exact: bool,
+    limits: Doubles,
     r: Floats,
     mu: Doubles,
     sigma: Doubles,
     column: Integers,
 ) -> None:
-    """``seqr.routing.per_token.route`` of the product's scores -> column [T]; with ``exact`` the exact choice.
-
-    product [N / 64, T', 64], offset [N], permitted [T, N], z [T, r]. limits [4], r [N, r, r], mu and sigma [N]: those
-    of ``seqr.routing.exact.Truth``. Where ``exact.doubtful`` says so, the columns within ``exact.margin`` of the best
-    score are compared by their true scores; both are evaluated in fp64 here, which their slack allows for.
+    """Of one module. Where ``exact.doubtful`` says so, the columns within ``exact.margin`` of the best score are
+    compared by their true scores; both are evaluated in fp64 here, which their slack allows for.
     """
     width, rank = offset.shape[0], z.shape[1]
     lowest, widest, slope, floor = limits[0], limits[1], limits[2], limits[3]
@@ -164,12 +192,34 @@ def gather_evidence(
     value: Doubles,
     column: Integers,
 ) -> None:
-    """``seqr.routing.evidence.EvidencePass.route`` of the product's scores -> column [T].
+    """``seqr.routing.evidence.EvidencePass.route`` of the product's scores for K modules, in turn -> column [K, T].
 
-    product [N / 64, T', 64], offset [N]; units [T]: each token's weight times 2^20; slots, first, last [S]: the runs of
-    ``Spans``; permitted [T, N] and whether it permits anybody, somebody [T]; sums [slots + 1, N] and value [T, N], both
-    brought forward. The value of a token for whom nobody may be chosen is left as it is: nobody asks for it.
+    product [K, N / 64, T', 64], offset [K, N]; units [T]: each token's weight times 2^20; slots, first, last [S]: the
+    runs of ``Spans``; permitted [T, N] and whether it permits anybody, somebody [T]; sums [K, slots + 1, N] and value
+    [T, N], both brought forward. The value of a token for whom nobody may be chosen is left as it is: nobody asks for
+    it.
     """
+    for m in range(column.shape[0]):
+        _gather_evidence(
+            product[m], offset[m], units, slots, first, last, permitted, somebody, sums[m], value, column[m]
+        )
+
+
+@_compiled
+def _gather_evidence(
+    product: Floats,
+    offset: Floats,
+    units: Floats,
+    slots: Integers,
+    first: Integers,
+    last: Integers,
+    permitted: Flags,
+    somebody: Flags,
+    sums: Doubles,
+    value: Doubles,
+    column: Integers,
+) -> None:
+    """Of one module."""
     width = offset.shape[0]
     score, unit = np.empty(width, np.float32), np.empty(width, np.float32)
     for run in range(slots.shape[0]):
@@ -328,12 +378,15 @@ def search_leaves(
 
 def compile_now() -> None:
     """Compile every pass, or fetch it from disk, so that no answer waits for it."""
-    floats, place = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
-    product, offset = np.ones((1, ROW_TILE, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
-    permitted, somebody, sums = np.ones((1, BLOCK), np.bool_), np.ones(1, np.bool_), np.zeros((1, BLOCK))
-    features(floats, floats.copy())
-    r, ones = np.ones((BLOCK, 1, 1), np.float32), np.ones(BLOCK)
-    choose_per_token(product, offset, permitted, floats, True, np.ones(4), r, ones, ones, place)
+    floats, place, ones = np.ones((1, 1), np.float32), np.zeros(1, np.int64), np.ones((1, BLOCK))
+    product, offset = np.ones((1, 1, ROW_TILE, BLOCK), np.float32), np.zeros((1, BLOCK), np.float32)
+    permitted, somebody, sums = np.ones((1, BLOCK), np.bool_), np.ones(1, np.bool_), np.zeros((1, 1, BLOCK))
+    features(floats[None], floats[None].copy())
+    r, column = np.ones((BLOCK, 1, 1), np.float32), np.zeros((1, 1), np.int64)
+    address = np.array([r.ctypes.data])
+    choose_per_token(
+        product, offset, permitted, floats[None], True, np.ones((1, 4)), address, ones, ones, column.copy()
+    )
     units = np.ones(1, np.float32)
-    gather_evidence(product, offset, units, place, place, place, permitted, somebody, sums, sums.copy(), place.copy())
+    gather_evidence(product, offset, units, place, place, place, permitted, somebody, sums, ones.copy(), column.copy())
     add_rows(floats.copy(), floats, np.array([floats.ctypes.data]), np.zeros(1, np.int64))

@@ -35,7 +35,7 @@ import torch
 from seqr.errors import SeqrError
 from seqr.routing.optional import compiled
 from seqr.routing.per_token import Columns as Adapters
-from seqr.routing.per_token import Gate
+from seqr.routing.per_token import Gate, Together
 from seqr.routing.scores import CLIP, choose, constant, scores, usable
 
 GRID = float(1 << 20)
@@ -217,14 +217,26 @@ class EvidencePass:
 
     def route_activations(self, module: int, z: torch.Tensor, columns: Adapters, gate: Gate) -> torch.Tensor:
         """``route`` of the scores of z fp32 [T, r]. Call inside ``ExactFp32``."""
+        return self.route_together(module, z[None], Together((columns,)), gate)[0]
+
+    def route_together(self, module: int, z: torch.Tensor, modules: Together, gate: Gate) -> torch.Tensor:
+        """``route_activations`` of K modules from ``module`` on, in turn: z fp32 [K, T, r], contiguous -> int64 [K, T].
+
+        Call inside ``ExactFp32``.
+        """
         if compiled is None or z.device.type != "cpu":
-            return self.route(module, scores(z, columns.gram, columns.offset), gate.permitted)
-        column = np.empty(z.shape[0], np.int64)
-        product = compiled.score_product(z, columns.gram, gate.feature_rows(z.shape[1]))
+            return torch.stack(
+                [
+                    self.route(module + place, scores(its, columns.gram, columns.offset), gate.permitted)
+                    for place, (its, columns) in enumerate(zip(z, modules.columns, strict=True))
+                ]
+            )
+        column = np.empty(z.shape[:2], np.int64)
+        product = compiled.score_product(z, modules.grams, gate.feature_rows(z.shape[0], z.shape[2]))
         slots, first, last, units, value = self._arrays
-        sums = self._state.sums[module].numpy()
+        sums = self._state.sums[module : module + z.shape[0]].numpy()
         compiled.gather_evidence(
-            product, columns.shifts, units, slots, first, last, gate.rows, gate.somebody, sums, value, column
+            product, modules.shifts, units, slots, first, last, gate.rows, gate.somebody, sums, value, column
         )
         return torch.from_numpy(column)
 

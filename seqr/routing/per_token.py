@@ -1,8 +1,10 @@
 """Per-token routing: the paper's, provably the largest calibrated activation norm (SEQR paper, theorem 3.3)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from seqr.routing.optional import compiled
 from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, block_product
 from seqr.routing.scores import LEAST, choose, places, scores, usable
 
-NO_TRUTH = (np.zeros(4), np.zeros((0, 1, 1), np.float32), np.zeros(0), np.zeros(0))
+Arrays = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
 def route(score: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
@@ -43,10 +45,42 @@ class Columns:
         with torch.inference_mode(False):
             return self.offset.nan_to_num(math.inf).view(-1, 1, COLUMN_BLOCK)
 
+
+@dataclass(frozen=True)
+class Together:
+    """The columns of K modules that read the same x and are routed in one call: N and r are the same in all.
+
+    truths: K, or none where the choice need not be exact. Kept by whoever routes more than once: what compiled code
+    takes is laid out at the first call.
+    """
+
+    columns: Sequence[Columns]
+    truths: Sequence[Truth] = ()
+
+    @cached_property
+    def grams(self) -> tuple[torch.Tensor, ...]:
+        """The gram of each module, [N / 64, F, 64]."""
+        return tuple(one.gram for one in self.columns)
+
     @cached_property
     def shifts(self) -> npt.NDArray[np.float32]:
-        """The offset, on a CPU, for compiled code."""
-        return self.offset.numpy()
+        """The offsets, on a CPU, for compiled code: fp32 [K, N]."""
+        return _rows([one.offset.numpy() for one in self.columns])
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """The truths, on a CPU, for compiled code: L, omax, D, A fp64 [K, 4]; the addresses of R int64 [K]; mu, sigma
+        fp64 [K, N].
+        """
+        if not self.truths:
+            count = len(self.columns)
+            return np.zeros((count, 4)), np.zeros(count, np.int64), np.zeros((count, 0)), np.zeros((count, 0))
+        limits, r, mu, sigma = zip(*(truth.arrays for truth in self.truths), strict=True)
+        return _rows(limits), np.array([part.ctypes.data for part in r]), _rows(mu), _rows(sigma)
+
+
+def _rows(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
 
 @dataclass(frozen=True)
@@ -54,7 +88,7 @@ class Gate:
     """Who may use what in one batch, laid out once for all its modules: permitted bool [T, N]."""
 
     permitted: torch.Tensor
-    _feature_rows: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _feature_rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def rows(self) -> Flags:
@@ -66,13 +100,13 @@ class Gate:
         """bool [T]: the tokens to which anything is permitted."""
         return np.asarray(self.rows.any(1))
 
-    def feature_rows(self, rank: int) -> torch.Tensor:
-        """Room for the batch's features, fp32 [T', F], the rows from T on zero; the same room for every module."""
-        if rank not in self._feature_rows:
+    def feature_rows(self, modules: int, rank: int) -> torch.Tensor:
+        """Room for the batch's features, fp32 [K, T', F], the rows from T on zero; the same at every call."""
+        if (modules, rank) not in self._feature_rows:
             rows = -(-self.permitted.shape[0] // ROW_TILE) * ROW_TILE
             with torch.inference_mode(False):
-                self._feature_rows[rank] = torch.zeros(rows, feature_count(rank))
-        return self._feature_rows[rank]
+                self._feature_rows[modules, rank] = torch.zeros(modules, rows, feature_count(rank))
+        return self._feature_rows[modules, rank]
 
     @cached_property
     def uniform(self) -> bool:
@@ -108,7 +142,7 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
     (``seqr.routing.exact``); where fp32 can tell, as for nearly all tokens, that costs a comparison per token.
     """
     if compiled is not None and z.device.type == "cpu":
-        return _route_compiled(z, columns, gate, truth)
+        return route_together(z[None], Together((columns,), () if truth is None else (truth,)), gate)[0]
     tokens = z.shape[0]
     score = block_product(features(z), columns.gram).clamp_min_(LEAST).sqrt_()
     if gate.uniform:
@@ -139,12 +173,17 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
     return column
 
 
-def _route_compiled(z: torch.Tensor, columns: Columns, gate: Gate, truth: Truth | None) -> torch.Tensor:
-    product = compiled.score_product(z, columns.gram, gate.feature_rows(z.shape[1]))
-    column = np.empty(z.shape[0], np.int64)
-    limits, r, mu, sigma = NO_TRUTH if truth is None else truth.arrays
+def route_together(z: torch.Tensor, modules: Together, gate: Gate) -> torch.Tensor:
+    """``route_activations`` of K modules at once: z fp32 [K, T, r], contiguous -> int64 [K, T]."""
+    if compiled is None or z.device.type != "cpu":
+        truths = modules.truths or [None] * len(modules.columns)
+        each = zip(z, modules.columns, truths, strict=True)
+        return torch.stack([route_activations(its, columns, gate, truth) for its, columns, truth in each])
+    product = compiled.score_product(z, modules.grams, gate.feature_rows(z.shape[0], z.shape[2]))
+    column = np.empty(z.shape[:2], np.int64)
+    limits, r, mu, sigma = modules.arrays
     compiled.choose_per_token(
-        product, columns.shifts, gate.rows, z.numpy(), truth is not None, limits, r, mu, sigma, column
+        product, modules.shifts, gate.rows, z.numpy(), bool(modules.truths), limits, r, mu, sigma, column
     )
     return torch.from_numpy(column)
 

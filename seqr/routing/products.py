@@ -62,17 +62,17 @@ def score_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return product.transpose(0, 1).reshape(product.shape[1], -1)[: features.shape[0]]
 
 
-def block_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def block_product(features: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``score_product`` as it falls out of the batched call: [N / 64, T', 64], T' = T rounded up to a multiple of 16.
 
-    The rows from T on are products of zeros.
+    The rows from T on are products of zeros. out: where it is to be put.
     """
     missing = -features.shape[0] % ROW_TILE
     if missing:
         features = F.pad(features, (0, 0, 0, missing))
     if features.shape[0] <= _MAX_ROWS:
-        return torch.bmm(features.expand(blocks.shape[0], -1, -1), blocks)
-    return torch.cat([block_product(chunk, blocks) for chunk in torch.split(features, _MAX_ROWS)], dim=1)
+        return torch.bmm(features.expand(blocks.shape[0], -1, -1), blocks, out=out)
+    return torch.cat([block_product(chunk, blocks) for chunk in torch.split(features, _MAX_ROWS)], dim=1, out=out)
 
 
 def column_blocks(columns: torch.Tensor) -> torch.Tensor:

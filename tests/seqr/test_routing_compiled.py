@@ -69,13 +69,15 @@ def test_evidence_and_its_choices_are_torchs(monkeypatch: pytest.MonkeyPatch) ->
         assert float((one - other).abs().max()) <= 1.0  # of 2^-20
 
 
-def test_features_and_scores_are_torchs_bit_for_bit() -> None:
+@pytest.mark.parametrize("modules", [1, 3])
+def test_features_and_scores_are_torchs_bit_for_bit(modules: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    z, blocks = torch.randn(19, 8, generator=generator), torch.randn(3, 36, 64, generator=generator)
-    room = torch.zeros(32, 36)
+    z, blocks = torch.randn(modules, 19, 8, generator=generator), torch.randn(modules, 3, 36, 64, generator=generator)
+    room = torch.zeros(modules, 32, 36)
     product = compiled.score_product(z, blocks, room)
-    assert torch.equal(room[:19], features(z)) and not bool(room[19:].any())
-    assert np.array_equal(product, block_product(features(z), blocks).numpy())
+    for module in range(modules):
+        assert torch.equal(room[module, :19], features(z[module])) and not bool(room[module, 19:].any())
+        assert np.array_equal(product[module], block_product(features(z[module]), blocks[module]).numpy())
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 576])
@@ -115,7 +117,7 @@ dispatcher.FunctionCache = Nowhere
 import numpy as np
 from seqr.routing import compiled
 out = np.zeros((1, 3), np.float32)
-compiled.features(np.array([[2.0, 3.0]], np.float32), out)
+compiled.features(np.array([[[2.0, 3.0]]], np.float32), out[None])
 assert out.tolist() == [[4.0, 6.0, 9.0]]
 """
 

@@ -55,7 +55,9 @@ def test_a_tokens_scores_do_not_depend_on_the_batch(threads: int, rank: int) -> 
             assert torch.equal(bits(score_product(features[window], blocks)), expected[window]), (tokens, start)
 
 
-@pytest.mark.parametrize(("n", "rank"), [(24, 1), (64, 4), (576, 8), (576, 16), (1536, 16), (4096, 8), (4096, 32)])
+@pytest.mark.parametrize(
+    ("n", "rank"), [(24, 1), (64, 4), (576, 8), (576, 16), (576, 48), (1536, 16), (4096, 8), (4096, 32)]
+)
 def test_a_tokens_z_does_not_depend_on_the_batch(threads: int, n: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(max(ROWS) + 40, n, generator=generator)
