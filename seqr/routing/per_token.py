@@ -176,7 +176,7 @@ def route_activations(z: torch.Tensor, columns: Columns, gate: Gate, truth: Trut
 def route_together(z: torch.Tensor, modules: Together, gate: Gate) -> torch.Tensor:
     """``route_activations`` of K modules at once: z fp32 [K, T, r], contiguous -> int64 [K, T]."""
     if compiled is None or z.device.type != "cpu":
-        truths = modules.truths or [None] * len(modules.columns)
+        truths: Sequence[Truth | None] = modules.truths or [None] * len(modules.columns)
         each = zip(z, modules.columns, truths, strict=True)
         return torch.stack([route_activations(its, columns, gate, truth) for its, columns, truth in each])
     product = compiled.score_product(z, modules.grams, gate.feature_rows(z.shape[0], z.shape[2]))
