@@ -98,7 +98,7 @@ def machine(new_database, clock, how):
             before = self.everybody(begin)
             options = {"not_before": begin, "expires_at": end or "never", **how}
             diff = self.store.add_grant(subject, silo, effect, dry_run=True, **options)
-            grant = self.store.add_grant(subject, silo, effect, **options)
+            grant = self.store.add_grant(subject, silo, effect, **options).grant_id
             self.step(self.version + 1)
             self.reference.grants[grant] = (subject, silo, effect, begin, end)
             after = self.everybody(begin)
