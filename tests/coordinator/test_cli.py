@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -19,7 +20,8 @@ from cryptography import x509
 
 from coordinator.api import create_app
 from coordinator.certs import make_certificates
-from coordinator.errors import CertificateExists, InsecureListen
+from coordinator.commands.client import Remote
+from coordinator.errors import CertificateExists, InsecureListen, RemoteUnreachable, SettingsInvalid
 from coordinator.serve import require_tls
 from coordinator.settings import Settings, load_settings, make_settings
 from seqr.cli import main
@@ -110,6 +112,23 @@ def test_what_an_operator_can_get_wrong_is_one_sentence(run: Run, tmp_path: Path
     run("plan", "create", "--dir", tmp_path / "state", *nothing, fails="gateway_key_invalid")
     run("certs", "--dir", tmp_path / "state")
     run("certs", "--dir", tmp_path / "state", fails="certificate_exists")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://coordinator.example:8443", "HTTP://coordinator.example", "coordinator.example"]
+)
+def test_an_api_key_is_not_sent_in_the_clear_to_another_machine(url: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("seqr_secret\n")
+    with pytest.raises(SettingsInvalid, match=f"https:// address, or within this machine .* not to {url}"):
+        Remote(url, tmp_path / "key", None).call("GET", "/v1/silos")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_an_api_key_is_sent_over_http_within_this_machine(host: str, tmp_path: Path) -> None:
+    """Nobody listens on port 80 of the loopback addresses here, so that it was tried is what can be seen."""
+    (tmp_path / "key").write_text("seqr_secret\n")
+    with pytest.raises(RemoteUnreachable, match=re.escape(f"the coordinator at http://{host} does not answer")):
+        Remote(f"http://{host}", tmp_path / "key", None).call("GET", "/v1/silos")
 
 
 def test_admins_and_officers_work_over_tls(run: Run, served: list[str | Path], world: World, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsConfigDict
 
 from seqr.errors import SeqrError
-from seqr.settings import FileSettings, read_toml, wrong_fields
+from seqr.settings import FileSettings, is_loopback, is_safe_url, read_toml, wrong_fields
 
 
 class Refused(SeqrError):
@@ -38,6 +38,52 @@ def test_wrong_fields_are_named_without_their_values() -> None:
         Example(port="hunter2", unknown="hunter2")
     said = wrong_fields(caught.value)
     assert "port" in said and "unknown" in said and "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost",
+        "http://localhost/",
+        "HTTP://LOCALHOST:8443/x",
+        "http://127.0.0.1:1",
+        "http://[::1]",
+        "http://[::1]:9",
+    ],
+)
+def test_http_is_safe_within_this_machine_with_and_without_a_port(url: str) -> None:
+    assert is_loopback(url) and is_safe_url(url)
+
+
+def test_https_is_safe_anywhere() -> None:
+    assert is_safe_url("https://coordinator.example:8443/v1") and not is_loopback("https://coordinator.example:8443/v1")
+    assert is_loopback("https://localhost")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://coordinator.example",
+        "HTTP://coordinator.example",
+        "http://localhost.example",
+        "http://localhost@coordinator.example",
+        "http://coordinator.example@localhost",
+        "http://coordinator.example\\@localhost",
+        "http://coordinator.example#@localhost",
+        "http://127.0.0.1.example",
+        "http://localhost:x",
+        "http://[::1",
+        " http://localhost",
+        "http://local\thost",
+        "http:///localhost",
+        "ftp://localhost",
+        "localhost:8443",
+        "https://",
+        "",
+    ],
+)
+def test_other_http_and_what_parsers_read_differently_is_not_safe(url: str) -> None:
+    assert not is_safe_url(url)
 
 
 @pytest.mark.parametrize(("content", "problem"), [(b"\xff", "not UTF-8 text"), (b"a = = 1", "not valid TOML")])
