@@ -2,6 +2,7 @@
 and which addresses secrets may be sent to.
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from seqr.errors import SeqrError
+
+
+class NotText(SeqrError):
+    """A path or an argument that came to us as bytes of no known text."""
+
+    code = "setting_not_text"
+
 
 # Where a server that sends secrets in the clear is heard by this machine alone.
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -64,6 +72,16 @@ def read_toml(path: Path, refusal: type[SeqrError]) -> dict[str, Any]:
         raise refusal(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise refusal(f"{path} is not valid TOML: {error}") from None
+
+
+def toml_value(value: str | bool | int) -> str:
+    """``value`` as TOML that reads back as the same. Raises ``NotText``."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise NotText(f"{value!r:.80} is not UTF-8 text and cannot be a setting") from None
+    # JSON's booleans, integers and strings are TOML's too, but for one control character that JSON does not escape.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def wrong_fields(error: ValidationError) -> str:

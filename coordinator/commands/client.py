@@ -63,7 +63,7 @@ class Remote:
     def _trust(self) -> ssl.SSLContext:
         if not is_safe_url(self.url):
             raise SettingsInvalid(
-                f"an API key is sent to an https:// address, or within this machine to an http:// one, not to {self.url}"
+                "an API key is sent to an https:// address only, or to an http:// one of this machine; see --url"
             )
         try:
             return ssl.create_default_context(cafile=None if self.ca_file is None else os.fspath(self.ca_file))

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsConfigDict
 
 from seqr.errors import SeqrError
-from seqr.settings import FileSettings, is_loopback, is_safe_url, read_toml, wrong_fields
+from seqr.settings import FileSettings, NotText, is_loopback, is_safe_url, read_toml, toml_value, wrong_fields
 
 
 class Refused(SeqrError):
@@ -92,3 +92,29 @@ def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path, content: byt
     file.write_bytes(content)
     with pytest.raises(Refused, match=f"x.toml is {problem}"):
         read_toml(file, Refused)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'say "no"',
+        "C:\\folder\\new",
+        "two\nlines\r\n",
+        "".join(map(chr, [*range(32), 127, 128, 159])),
+        "Zürich 🏥 \u2028",
+        "' = #",
+        "",
+        True,
+        False,
+        -17,
+    ],
+)
+def test_a_written_value_reads_back_as_the_same(tmp_path: Path, value: str | bool | int) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(f"value = {toml_value(value)}\nnext = 1\n".encode())
+    assert read_toml(file, Refused) == {"value": value, "next": 1}
+
+
+def test_a_value_that_is_no_text_is_refused() -> None:
+    with pytest.raises(NotText, match=r"'caf\\udce9' is not UTF-8 text and cannot be a setting"):
+        toml_value("caf\udce9")
