@@ -64,7 +64,10 @@ def enrol(engine: Engine, request: Enrolment, max_pending: int) -> dict[str, Any
     with writing(engine) as connection:
         silo = connection.execute(select(silos.c.status).where(silos.c.silo_id == request.silo_id)).scalar()
         if silo == "approved":
-            raise SiloAlreadyEnrolled(f"silo {request.silo_id} is enrolled already; choose another id or ask the admin")
+            raise SiloAlreadyEnrolled(
+                f"silo {request.silo_id} is enrolled already; choose another id, or to enrol with new keys, ask the "
+                "admin to suspend it first"
+            )
         _require_unused(connection, request.silo_id, key, node_key)
         stale = (enrolments.c.state == "pending", enrolments.c.created_at < now() - PENDING_LIFETIME)
         connection.execute(delete(enrolments).where(*stale))
@@ -165,7 +168,7 @@ def _require_unused(connection: Connection, silo_id: str, key: VerifyKey, node_k
         query = select(silo_keys.c.silo_id).where(silo_keys.c.kind == kind, silo_keys.c.public_key == text)
         owner = connection.execute(query).scalar()
         if owner is not None and owner != silo_id:
-            raise KeyInUse(f"this {kind} key belongs to another silo; make new keys with `seqr silo init`")
+            raise KeyInUse(f"this {kind} key is another silo's; `seqr silo init` in a new directory makes new keys")
 
 
 def _require_room(connection: Connection, silo_id: str, max_pending: int) -> None:

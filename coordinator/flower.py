@@ -130,7 +130,7 @@ class FlowerLauncher:
         if wanted == before and time.monotonic() - at < SYNC_S:
             return
         for silo_id in self._nodes.sync(self._node_keys):
-            logger.warning("silo %s needs a new node key, or a restart of the SuperLink, to connect again", silo_id)
+            logger.warning("silo %s can connect again only after a restart of `seqr coordinator flower`", silo_id)
         self._synced = (wanted, time.monotonic())
 
     def _keep_run(self) -> None:

@@ -171,9 +171,13 @@ def _checked(config: SiloConfig) -> tuple[str, Path, Path]:
         )
     certificate = config.resolve(config.superlink.ca_file)
     key = config.state_dir / NODE_KEY
-    for what, path in (("CA certificate", certificate), ("node key", key)):
-        if not path.is_file():
-            raise ConfigInvalid(f"the {what} {path} does not exist; see 'seqr silo init'")
+    if not certificate.is_file():
+        raise ConfigInvalid(f"the CA certificate {certificate} does not exist; see ca_file in silo.toml")
+    if not key.is_file():
+        raise ConfigInvalid(
+            f"the node key {key} does not exist; restore it from a backup, or run 'seqr silo init' in a new directory "
+            "and enrol it"
+        )
     return config.superlink.address, certificate, key
 
 

@@ -101,6 +101,20 @@ def test_an_operator_gets_from_nothing_to_a_signed_plan(run: Run, tmp_path: Path
     assert again["public_key"] == told["public_key"], "a second init keeps the key"
 
 
+def test_options_for_a_coordinator_that_exists_are_refused_with_the_file_to_edit(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    run("init", "--dir", state)
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        main(["coordinator", "init", "--dir", str(state), "--port", "9000", "--database-url", "sqlite:///x"])
+    said = capsys.readouterr().err
+    assert "--database-url, --port would change nothing" in said and f"edit {state / 'coordinator.toml'}" in said
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
+    run("init", "--dir", state)
+
+
 def test_what_an_operator_can_get_wrong_is_one_sentence(run: Run, tmp_path: Path) -> None:
     run("serve", "--dir", tmp_path / "empty", fails="state_dir_missing")
     run("init", "--dir", tmp_path / "state")
