@@ -1,7 +1,6 @@
 """Asking the coordinator to let this silo in: public keys, signed by the key they name. No record is involved."""
 
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,6 @@ from silo_client.state import State, atomic_write
 
 ENROLMENT_PAYLOAD_TYPE = "application/vnd.seqr.enrolment+json"
 TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Enrolled:
-    """What the owner reads out to the admin, and how the coordinator answered."""
-
-    fingerprint: str
-    state: str
 
 
 def create_node_key(state: State) -> None:
@@ -49,8 +40,8 @@ def request_body(config: SiloConfig, state: State) -> dict[str, Any]:
     return {**claim, "proof": sign(ENROLMENT_PAYLOAD_TYPE, canonical_json(claim), key).to_dict()}
 
 
-def enrol(config: SiloConfig, state: State) -> Enrolled:
-    """Send the request.
+def enrol(config: SiloConfig, state: State) -> str:
+    """Send the request; returns the fingerprint that the owner reads out to the admin.
 
     Raises:
         ConfigInvalid: silo.toml has no coordinator URL, or a CA file that cannot be read.
@@ -60,7 +51,7 @@ def enrol(config: SiloConfig, state: State) -> Enrolled:
     response = _call(config, "POST", "/v1/silos/enrolments", json=request_body(config, state))
     if response.status_code != 202:
         raise EnrolmentRefused(f"the coordinator refused the enrolment: {_reason(response)}")
-    return Enrolled(state.signing_key().public.fingerprint, "pending")
+    return state.signing_key().public.fingerprint
 
 
 def reach(config: SiloConfig) -> None:

@@ -79,22 +79,19 @@ def erase(
     """
     matches = find(config, subject)
     tombstone = tombstones.get(subject)
-    if tombstone is None and not matches:
-        raise SubjectUnknown("no record in the data files is about this subject; nothing was changed")
     if matches:
         tombstone = _tombstone(state, matches, tombstone, usable, old_adapter_digest)
         tombstones.put(subject, tombstone, (str(match.source.path) for match in matches if match.empties))
         for match in matches:
             _rewrite_without(config, match.source, subject)
         log.info("records of a subject were removed from the data files")
-    if tombstone is not None and not tombstone.purged:
-        purge(state)
-        tombstones.mark_purged(subject)
-        log.info("adapters, checkpoints and replies made before the erasure were destroyed")
-    settled = tombstones.get(subject)
-    if settled is None:
+    elif tombstone is None:
         raise SubjectUnknown("no record in the data files is about this subject; nothing was changed")
-    return settled
+    if not tombstone.purged:
+        purge(state)
+        tombstone = tombstones.mark_purged(subject)
+        log.info("adapters, checkpoints and replies made before the erasure were destroyed")
+    return tombstone
 
 
 def purge(state: State) -> None:

@@ -58,7 +58,8 @@ class State:
         for path in (state.signing_key_path, state._salt_path):
             if not path.is_file():
                 raise StateDamaged(
-                    f"{path} is missing; restore it from a backup, or run 'seqr silo init' in a new directory and enrol it"
+                    f"{path} is missing; restore it from a backup, or run 'seqr silo init' in a new directory and "
+                    "enrol it"
                 )
         for name in SUBDIRECTORIES:
             (state.path / name).mkdir(mode=0o700, exist_ok=True)

@@ -39,7 +39,6 @@ class Federation:
         self.world = world
         self.model = model
         self.plan_choice = plan
-        self.plan_id = ""
         self._database = ("--database", f"sqlite:///{world.coordinator / 'policy.db'}")
         self._pepper = ("--pepper-file", str(world.coordinator / "policy.pepper"))
         self.coordinator_key = ""

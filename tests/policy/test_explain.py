@@ -13,7 +13,7 @@ def why(engine, clock):
     def ask(user, silo, at=None):
         with engine.connect() as connection:
             found = explain(connection, user, silo, at or clock())
-            assert found.allowed == decision.check(connection, user, silo, at or clock())
+            assert found.allowed == decision.permitted(connection, user, at or clock()).allows(silo)
         return found
 
     return ask

@@ -64,13 +64,13 @@ def silo(make_silo: Callable[..., Silo], coordinator: Coordinator) -> Silo:
 
 
 def test_the_request_holds_public_keys_and_a_proof_by_the_signing_key(silo: Silo, coordinator: Coordinator) -> None:
-    enrolled = enrol(silo.config, silo.state)
+    fingerprint = enrol(silo.config, silo.state)
     body = coordinator.received
     assert set(body) == {"silo_id", "display_name", "signing_key", "node_key", "proof"}
     key = VerifyKey.from_b64(body["signing_key"])
     proven = parse_json(verify(Envelope.from_dict(body["proof"]), [key], ENROLMENT_PAYLOAD_TYPE), "the proof", 1 << 16)
     assert proven == {name: value for name, value in body.items() if name != "proof"}
-    assert enrolled.fingerprint == key.fingerprint == silo.state.signing_key().public.fingerprint
+    assert fingerprint == key.fingerprint == silo.state.signing_key().public.fingerprint
     node = load_ssh_public_key(body["node_key"].encode())
     assert isinstance(node, EllipticCurvePublicKey)
     assert isinstance(node.curve, SECP384R1)
