@@ -8,7 +8,7 @@ from coordinator.db import upgrade
 from coordinator.errors import StateDirExists
 from coordinator.settings import Settings
 from coordinator.subjects import SALT_BYTES
-from coordinator.vault import write_private
+from seqr.files import write_private
 from seqr.keys import SigningKey, VerifyKey
 from seqr.settings import toml_value
 

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from seqr.enrolment import SILO_ID
 from seqr.settings import FileSettings, read_toml, toml_value
 from silo_client.errors import ConfigInvalid, ConfigMissing
 
 CONFIG_NAME = "silo.toml"
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 
-SiloId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+SiloId = Annotated[str, StringConstraints(pattern=f"^{SILO_ID}$")]
 
 
 class DataSource(BaseModel):
