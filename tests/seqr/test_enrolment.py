@@ -64,8 +64,17 @@ def test_a_signed_document_of_another_form_is_refused(payload: bytes, problem: s
 
 @pytest.mark.parametrize(
     ("silo_id", "is_one"),
-    [("a", True), ("klinik-7.b_C", True), ("x" * 64, True), ("x" * 65, False), ("", False), (".a", False), ("a/b", False),
-     ("é", False), ("a\n", False)],
-)  # fmt: skip
+    [
+        ("a", True),
+        ("klinik-7.b_C", True),
+        ("x" * 64, True),
+        ("x" * 65, False),
+        ("", False),
+        (".a", False),
+        ("a/b", False),
+        ("é", False),
+        ("a\n", False),
+    ],
+)
 def test_what_is_a_silo_id(silo_id: str, is_one: bool) -> None:
     assert (re.fullmatch(SILO_ID, silo_id) is not None) is is_one
