@@ -15,8 +15,8 @@ from seqr.settings import toml_value
 def initialise(directory: Path, given: Mapping[str, Any]) -> tuple[dict[str, str], Path]:
     """Make ``directory`` (0700), two private keys, ``gateway-key.json`` and, with the settings given, ``gateway.toml``.
 
-    Returns the public keys and the file they are in. Raises SettingsInvalid, and KeyFileExists where there is a
-    gateway already: its keys are those that bundles are sealed for.
+    Returns the public keys and the file they are in. Raises SettingsInvalid, NotText, and KeyFileExists where there
+    is a gateway already: its keys are those that bundles are sealed for.
     """
     settings = load_settings(directory, **given)
     folder = settings.directory
