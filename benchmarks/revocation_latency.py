@@ -57,7 +57,7 @@ class Bench:
     grants: dict[str, str] = field(default_factory=dict)
 
     def grant(self, user: str) -> None:
-        self.grants[user] = self.store.add_grant(f"user:{user}", SILO, actor=ACTOR, reason=REASON)
+        self.grants[user] = self.store.add_grant(f"user:{user}", SILO, actor=ACTOR, reason=REASON).grant_id
 
     async def load(self) -> None:
         await self.engine.load(self.key, self.adapter, {spec.name: (0.05, 0.02) for spec in self.plan.modules})

@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from coordinator.db import now
 from coordinator.errors import CertificateExists
+from seqr.files import write_private
 
 CA_LIFETIME = timedelta(days=3650)
 # What browsers and Apple's libraries accept at most.
@@ -45,8 +46,8 @@ def make_certificates(folder: Path, names: tuple[str, ...] = LOOPBACK_NAMES, ser
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, SHA256())
     )
-    _write(key_file, _pem(key), 0o600)
-    _write(certificate, signed.public_bytes(Encoding.PEM), 0o644)
+    write_private(key_file, _pem(key), replace=False)
+    _write_public(certificate, signed.public_bytes(Encoding.PEM))
 
 
 def _make_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
@@ -58,8 +59,8 @@ def _make_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey
         .add_extension(_usage(signs=True), critical=True)
         .sign(key, SHA256())
     )
-    _write(folder / "ca.key", _pem(key), 0o600)
-    _write(folder / "ca.crt", ca.public_bytes(Encoding.PEM), 0o644)
+    write_private(folder / "ca.key", _pem(key), replace=False)
+    _write_public(folder / "ca.crt", ca.public_bytes(Encoding.PEM))
     return ca, key
 
 
@@ -115,6 +116,6 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+def _write_public(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
         file.write(data)

@@ -28,24 +28,19 @@ from coordinator.errors import (
 from coordinator.flower_nodes import canonical_node_key
 from coordinator.models import enrolments, silo_keys, silos
 from coordinator.silos import fingerprints
-from seqr import dsse
-from seqr.canonical import parse_json
+from seqr.dsse import Envelope
+from seqr.enrolment import MAX_ENROLMENT_BYTES, SILO_ID, EnrolmentClaim, verify_enrolment
 from seqr.errors import SeqrError
 from seqr.keys import VerifyKey
 
-# The proof is a DSSE envelope of this type, signed by the very key it names; its payload is the canonical JSON object
-# {"silo_id", "display_name", "signing_key", "node_key"} with the values of the request.
-ENROLMENT_PAYLOAD_TYPE = "application/vnd.seqr.enrolment+json"
-MAX_PROOF_BYTES = 16 * 1024
 MAX_DISPLAY_NAME = 200
 PENDING_PER_SILO = 5
 PENDING_LIFETIME = timedelta(days=30)
-_SILO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Enrolment:
-    """A request to join: keys as text (Ed25519 in base64, EC in OpenSSH form), ``proof`` a DSSE envelope."""
+    """A request to join: the fields of seqr.enrolment.EnrolmentClaim, and ``proof``, the envelope that signs them."""
 
     silo_id: str
     display_name: str
@@ -64,7 +59,10 @@ def enrol(engine: Engine, request: Enrolment, max_pending: int) -> dict[str, Any
     with writing(engine) as connection:
         silo = connection.execute(select(silos.c.status).where(silos.c.silo_id == request.silo_id)).scalar()
         if silo == "approved":
-            raise SiloAlreadyEnrolled(f"silo {request.silo_id} is enrolled already; choose another id or ask the admin")
+            raise SiloAlreadyEnrolled(
+                f"silo {request.silo_id} is enrolled already; choose another id, or to enrol with new keys, ask the "
+                "admin to suspend it first"
+            )
         _require_unused(connection, request.silo_id, key, node_key)
         stale = (enrolments.c.state == "pending", enrolments.c.created_at < now() - PENDING_LIFETIME)
         connection.execute(delete(enrolments).where(*stale))
@@ -134,7 +132,7 @@ def reject(engine: Engine, silo_id: str, actor: str, reason: str, fingerprint: s
 
 
 def _check(request: Enrolment) -> tuple[VerifyKey, str]:
-    if not _SILO_ID.fullmatch(request.silo_id):
+    if not re.fullmatch(SILO_ID, request.silo_id):
         raise SiloIdInvalid("a silo id is 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
     if len(request.display_name) > MAX_DISPLAY_NAME or not request.display_name.isprintable():
         raise SiloIdInvalid(f"the display name must be at most {MAX_DISPLAY_NAME} printable characters")
@@ -143,18 +141,12 @@ def _check(request: Enrolment) -> tuple[VerifyKey, str]:
     except SeqrError as error:
         raise SigningKeyInvalid(f"the signing key is unusable: {error}") from None
     node_key = canonical_node_key(request.node_key)
-    expected = {
-        "silo_id": request.silo_id,
-        "display_name": request.display_name,
-        "signing_key": request.signing_key,
-        "node_key": request.node_key,
-    }
+    asked = EnrolmentClaim(request.silo_id, request.display_name, request.signing_key, request.node_key)
     try:
-        envelope = dsse.Envelope.from_json(request.proof, MAX_PROOF_BYTES)
-        proven = parse_json(dsse.verify(envelope, [key], ENROLMENT_PAYLOAD_TYPE), "the proof", MAX_PROOF_BYTES)
+        proven = verify_enrolment(Envelope.from_json(request.proof, MAX_ENROLMENT_BYTES), key)
     except SeqrError as error:
         raise EnrolmentProofInvalid(f"the request is not signed by the key it names: {error}") from None
-    if proven != expected:
+    if proven != asked:
         raise EnrolmentProofInvalid("the signed proof does not say what the request says; run `seqr silo enrol` again")
     return key, node_key
 
@@ -165,7 +157,7 @@ def _require_unused(connection: Connection, silo_id: str, key: VerifyKey, node_k
         query = select(silo_keys.c.silo_id).where(silo_keys.c.kind == kind, silo_keys.c.public_key == text)
         owner = connection.execute(query).scalar()
         if owner is not None and owner != silo_id:
-            raise KeyInUse(f"this {kind} key belongs to another silo; make new keys with `seqr silo init`")
+            raise KeyInUse(f"this {kind} key is another silo's; `seqr silo init` in a new directory makes new keys")
 
 
 def _require_room(connection: Connection, silo_id: str, max_pending: int) -> None:

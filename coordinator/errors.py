@@ -188,11 +188,6 @@ class SubjectInReason(CoordinatorError):
     status = 422
 
 
-class ReasonMissing(CoordinatorError):
-    code = "reason_missing"
-    status = 422
-
-
 class DeletionTooFarToWithdraw(Conflict):
     code = "deletion_in_progress"
 
@@ -202,19 +197,9 @@ class Unauthenticated(CoordinatorError):
     status = 401
 
 
-class Forbidden(CoordinatorError):
-    code = "scope_missing"
-    status = 403
-
-
 class NotYours(CoordinatorError):
     code = "not_your_silo"
     status = 403
-
-
-class BodyTooLarge(CoordinatorError):
-    code = "body_too_large"
-    status = 413
 
 
 class BodyInvalid(CoordinatorError):
@@ -225,11 +210,6 @@ class BodyInvalid(CoordinatorError):
 class PreconditionRequired(CoordinatorError):
     code = "precondition_required"
     status = 428
-
-
-class PolicyUnavailable(CoordinatorError):
-    code = "policy_unavailable"
-    status = 503
 
 
 class RemoteProblem(CoordinatorError):

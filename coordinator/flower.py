@@ -28,6 +28,7 @@ from coordinator.errors import LauncherRunning, SettingsInvalid
 from coordinator.flower_nodes import CONNECTION, FlowerNodes, NodeKeySpent, SuperLinkUnreachable
 from coordinator.flower_process import LOCK_NAME, TOKEN_DIRECTORY, build_app
 from coordinator.settings import Settings
+from seqr.files import write_private
 from seqr.supervisor import Service, Supervisor, accepts_connections, free_port
 
 __all__ = ["FlowerLauncher", "FlowerNodes", "NodeKeySpent", "SuperLinkUnreachable", "flower_environment"]
@@ -130,7 +131,7 @@ class FlowerLauncher:
         if wanted == before and time.monotonic() - at < SYNC_S:
             return
         for silo_id in self._nodes.sync(self._node_keys):
-            logger.warning("silo %s needs a new node key, or a restart of the SuperLink, to connect again", silo_id)
+            logger.warning("silo %s can connect again only after a restart of `seqr coordinator flower`", silo_id)
         self._synced = (wanted, time.monotonic())
 
     def _keep_run(self) -> None:
@@ -232,9 +233,7 @@ class _Folder:
         for folder in (self.path, self.home, self.tokens, self.logs):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.chmod(0o700)
-        self.secret.unlink(missing_ok=True)
-        with os.fdopen(os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(48))
+        write_private(self.secret, secrets.token_bytes(48))
 
     def renew_certificate(self) -> None:
         """A certificate for this machine's inner connections; nobody keeps the key of the CA that signed it."""

@@ -188,7 +188,7 @@ class _Control:
         elif known.status == UNREGISTERED:
             raise NodeKeySpent(
                 f"silo '{silo_id}' was disconnected from this SuperLink, which does not take the same node key twice: "
-                "give the silo a new node key, or restart `seqr coordinator flower`"
+                "restart `seqr coordinator flower`"
             )
 
     def remove(self, node: "NodeInfo") -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.errors import CoordinatorError
+from seqr.files import write_private
 from seqr.supervisor import follow_supervisor
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def launch_own_server_app_only() -> None:
         if spec.task_type is not TaskType.SERVER_APP or spec.fab_hash != own:
             return LaunchResult.failed("this coordinator runs its own ServerApp and nothing else")
         token = tokens / f"{spec.task_id}.token"
-        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(spec.token)
+        write_private(token, spec.token.encode())
         command = [sys.executable, "-m", "coordinator.flower_process", "serverapp"]
         command += ["--runtime-api-address", spec.runtime_api_address, "--token-file", str(token)]
         command += ["--parent-pid", str(os.getpid())]

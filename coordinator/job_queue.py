@@ -19,7 +19,6 @@ from coordinator.errors import (
     JobAlreadyLive,
     JobKindInvalid,
     JobUnknown,
-    PlanMissing,
     SiloNotApproved,
     SiloQuarantined,
 )
@@ -64,9 +63,7 @@ def enqueue(
         raise SiloNotApproved(f"silo {silo_id} is {silo['status']}; approve it before giving it work")
     if kind == "train" and is_held(connection, silo_id):
         raise SiloQuarantined(f"silo {silo_id} is quarantined for a deletion request, which retrains it by itself")
-    plan_id = plans.current_id(connection)
-    if plan_id is None:
-        raise PlanMissing("there is no plan yet; create one with `seqr coordinator plan create`")
+    plan_id = plans.current(connection)
     job_id = "job-" + secrets.token_hex(8)
     highest = connection.execute(select(func.max(jobs.c.revision)).where(jobs.c.silo_id == silo_id)).scalar() or 0
     moment = now()

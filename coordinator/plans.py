@@ -4,7 +4,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from coordinator import outbox
 from coordinator.db import Row, now
-from coordinator.errors import PlanUnknown, PlanUnreadable
+from coordinator.errors import PlanMissing, PlanUnknown, PlanUnreadable
 from coordinator.models import federation, jobs, plans
 from seqr import dsse
 from seqr.canonical import parse_json
@@ -42,6 +42,14 @@ def read_envelope(data: bytes) -> dsse.Envelope:
         return dsse.Envelope.from_json(data, MAX_ENVELOPE_BYTES)
     except SeqrError as error:
         raise PlanUnreadable(f"this is no signed plan: {error}") from None
+
+
+def current(connection: Connection) -> str:
+    """The id of the current plan. Raises PlanMissing."""
+    plan_id = current_id(connection)
+    if plan_id is None:
+        raise PlanMissing("there is no plan yet; create one with `seqr coordinator plan create`")
+    return plan_id
 
 
 def current_id(connection: Connection) -> str | None:

@@ -8,8 +8,9 @@ from coordinator.db import upgrade
 from coordinator.errors import StateDirExists
 from coordinator.settings import Settings
 from coordinator.subjects import SALT_BYTES
-from coordinator.vault import write_private
+from seqr.files import write_private
 from seqr.keys import SigningKey, VerifyKey
+from seqr.settings import toml_value
 
 NEVER_BACK_UP = "Data keys of bundles and open deletion requests. Deletion rests on this being the only copy.\n"
 
@@ -42,33 +43,24 @@ def init_state(settings: Settings, config: dict[str, str | int | bool]) -> Verif
     return key.public
 
 
-def use_certificate(settings: Settings, server: str = "server") -> None:
+def use_certificate(settings: Settings) -> None:
     """Have the API and the SuperLink's door use the certificate of ``coordinator.certs``, unless they have one."""
     folder = settings.certificates.name
     lines = settings.config_file.read_text(encoding="utf-8") if settings.config_file.exists() else ""
     for part in ("ssl", "superlink"):
         if getattr(settings, f"{part}_certfile") is None:
-            lines += f"{part}_certfile = {_quoted(f'{folder}/{server}.crt')}\n"
-            lines += f"{part}_keyfile = {_quoted(f'{folder}/{server}.key')}\n"
+            lines += f"{part}_certfile = {toml_value(f'{folder}/server.crt')}\n"
+            lines += f"{part}_keyfile = {toml_value(f'{folder}/server.key')}\n"
     if settings.superlink_ca_file is None:
-        lines += f"superlink_ca_file = {_quoted(f'{folder}/ca.crt')}\n"
+        lines += f"superlink_ca_file = {toml_value(f'{folder}/ca.crt')}\n"
     _write_public(settings.config_file, lines)
 
 
 def render_config(values: dict[str, str | int | bool]) -> str:
     """``coordinator.toml`` as text."""
     lines = ["# Settings of this coordinator; SEQR_COORDINATOR_* variables win. Paths are relative to this file."]
-    for name, value in values.items():
-        text = (
-            str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int) else _quoted(value)
-        )
-        lines.append(f"{name} = {text}")
+    lines += [f"{name} = {toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def _write_public(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from coordinator.errors import BundleCorrupt, BundleDestroyed
 from seqr.canonical import sha256_hex
+from seqr.files import sync_folder, write_private
 
 _NONCE_BYTES = 12
 _KEY_BYTES = 32
@@ -47,7 +48,7 @@ class Keystore:
                 file.flush()
                 os.fsync(file.fileno())
             path.unlink()
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
 
     def holds(self, name: str) -> bool:
         return self._path(name).exists()
@@ -98,33 +99,10 @@ class Vault:
         self._keystore.destroy(revision_id)
         with suppress(FileNotFoundError):
             self._path(revision_id).unlink()
-            _sync_folder(self._bundles)
+            sync_folder(self._bundles)
 
     def _path(self, revision_id: str) -> Path:
         return self._bundles / f"{revision_id}.sealed"
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file of mode 0600, durably, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _associated(silo_id: str, plan_id: str, revision: int, digest: str) -> bytes:

@@ -135,23 +135,11 @@ def alembic_config(connection: Connection) -> Config:
 
 
 def migrate(engine: Engine, revision: str) -> None:
-    """Moves the schema to `revision` in one transaction: all of it or nothing, one process at a time."""
+    """Moves the schema up to `revision` in one transaction: all of it or nothing, one process at a time."""
     with writing(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-        config = alembic_config(connection)
-        present = MigrationContext.configure(connection).get_current_revision()
-        if revision == "base" or (present is not None and _is_behind(config, revision, present)):
-            command.downgrade(config, revision)
-        else:
-            command.upgrade(config, revision)
-
-
-def _is_behind(config: Config, revision: str, present: str) -> bool:
-    if revision in {"head", present}:
-        return False
-    script = ScriptDirectory.from_config(config)
-    return any(step.revision == revision for step in script.iterate_revisions(present, "base"))
+        command.upgrade(alembic_config(connection), revision)
 
 
 def upgrade(url: str) -> None:

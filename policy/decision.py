@@ -6,7 +6,9 @@
 3. If any counting grant denies the silo, access is denied.
 4. If any counting grant allows it, access is allowed; if no rule matches, access is denied.
 
-`permitted` is the only place where this is decided; `check`, `permitted_for_all` and `explain` rest on `resolve`.
+`resolve` decides 3 and 4 and what time has to say, for `permitted`, `permitted_for_all` and `explain` alike. Which
+rules reach a user (1 and 2) `permitted` asks the database, for one user; `permitted_for_all` works it out for
+everybody. Tests hold both to one reference.
 """
 
 from __future__ import annotations
@@ -66,6 +68,10 @@ class Decision:
     policy_version: int
     reasons: Mapping[str, Reason]
     valid_until: datetime | None
+
+    def allows(self, silo_id: str) -> bool:
+        """Whether the user may use the silo. Unknown silos are as forbidden ones."""
+        return silo_id in self.silos
 
     def still_holds(self, policy_version: int, at: datetime) -> bool:
         return policy_version == self.policy_version and (self.valid_until is None or at < self.valid_until)
@@ -199,11 +205,6 @@ def at_one_version(connection: Connection, read: Callable[[int], T]) -> T:
         if policy_version(connection) == version:
             return found
     raise PolicyBusy
-
-
-def check(connection: Connection, user_id: str, silo_id: str, at: datetime) -> bool:
-    """Whether the silo is in `permitted`: list and check cannot disagree. Unknown silos are as forbidden ones."""
-    return silo_id in permitted(connection, user_id, at).silos
 
 
 def policy_version(connection: Connection) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +16,14 @@ from policy.silos import require_silo
 from policy.times import DEFAULT_LIFETIME, MICROSECOND, Never, iso, to_micros
 from policy.transaction import Change
 from policy.users import require_group, require_user
+
+
+@dataclass(frozen=True)
+class NewGrant:
+    """A grant that was added, and the policy version of that change."""
+
+    grant_id: str
+    policy_version: int
 
 
 def end_of(expires_at: datetime | Never | None, start: int, default: int | None) -> int | None:

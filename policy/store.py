@@ -17,6 +17,7 @@ from policy import grants, keys, silos, users
 from policy.decision import permitted_for_all, policy_version
 from policy.diff import Diff, compare
 from policy.errors import PepperMissing
+from policy.grants import NewGrant
 from policy.ids import check_text
 from policy.keys import IssuedKey
 from policy.limits import Limits, clear_limits, set_limits
@@ -178,7 +179,7 @@ class PolicyStore:
         not_before: datetime | None = ...,
         expires_at: datetime | Never | None = ...,
         **how: Unpack[Write],
-    ) -> str: ...
+    ) -> NewGrant: ...
     @overload
     def add_grant(
         self,
@@ -190,7 +191,7 @@ class PolicyStore:
         expires_at: datetime | Never | None = ...,
         dry_run: bool,
         **how: Unpack[Write],
-    ) -> str | Diff: ...
+    ) -> NewGrant | Diff: ...
     def add_grant(
         self,
         subject: str,
@@ -201,16 +202,17 @@ class PolicyStore:
         expires_at: datetime | Never | None = None,
         dry_run: bool = False,
         **how: Unpack[Write],
-    ) -> str | Diff:
-        """Returns the grant's id. `subject` is user:ID or group:ID, the grant's reason is the change's.
+    ) -> NewGrant | Diff:
+        """`subject` is user:ID or group:ID, the grant's reason is the change's.
 
         An allow ends 90 days after its start unless `expires_at` says otherwise ("never" must be said); a deny without
         `expires_at` does not end. Raises UserUnknown, GroupUnknown, SiloUnknown, EffectUnknown, TimeInvalid,
         TimeWithoutZone.
         """
 
-        def step(tx: Change) -> str:
-            return grants.add_grant(tx, subject, silo_id, effect, not_before, expires_at)
+        def step(tx: Change) -> NewGrant:
+            grant_id = grants.add_grant(tx, subject, silo_id, effect, not_before, expires_at)
+            return NewGrant(grant_id, tx.version)
 
         return self.preview(step, not_before, silo_id, **how) if dry_run else self.write(step, **how)
 

@@ -80,8 +80,8 @@ def failures(connection: Connection, tests: Sequence[Assertion], at: datetime) -
     return failed
 
 
-def failures_in_file(document: PolicyDocument, at: datetime | None, now: datetime | None = None) -> list[Failure]:
-    """The file's assertions, asked of the file alone, loaded as of `now` into a passing database.
+def failures_in_file(document: PolicyDocument, at: datetime | None) -> list[Failure]:
+    """The file's assertions, asked of the file alone, loaded into a passing database.
 
     Asked at `at`, or right after the loading: a grant without a beginning begins with it.
     """
@@ -90,7 +90,7 @@ def failures_in_file(document: PolicyDocument, at: datetime | None, now: datetim
         upgrade(url)
         engine = create_engine_for(url)
         try:
-            store = PolicyStore(engine, clock=lambda: now or utc_now())
+            store = PolicyStore(engine)
             load(store, replace(document, tests=()), actor="policy test", reason="a scratch copy")
             with engine.connect() as connection:
                 return failures(connection, document.tests, at or utc_now())

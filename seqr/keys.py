@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import os
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from seqr.canonical import sha256_hex
 from seqr.errors import SeqrError
+from seqr.files import write_private
 
 _MLKEM_PUBLIC_BYTES = 1184
 _X25519_PUBLIC_BYTES = 32
@@ -270,21 +270,9 @@ def _load_pem(data: bytes, path: Path) -> object:
 
 
 def _write_private(path: Path, data: bytes, overwrite: bool) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        os.fchmod(descriptor, 0o600)  # a file left by a killed run keeps its old mode otherwise
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(partial, path)
-        else:
-            os.link(partial, path)  # unlike rename, refuses to replace an existing file
+        write_private(path, data, replace=overwrite)
     except FileExistsError:
         raise KeyFileExists(f"{path} exists already; move it away to make a new key") from None
     except OSError as error:
         raise KeyFileUnwritable(f"the key file {path} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)

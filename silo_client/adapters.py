@@ -8,6 +8,7 @@ from pathlib import Path
 
 from seqr.adapter import Adapter
 from seqr.canonical import canonical_json, sha256_hex
+from seqr.files import write_private
 from seqr.plan import Plan
 from seqr.shared_a import verify_a
 from silo_client.base import load_encoder, load_model, require_base_model
@@ -17,7 +18,7 @@ from silo_client.dataset import Schedule
 from silo_client.determinism import deterministic, environment, training_seed
 from silo_client.erased import Tombstones
 from silo_client.export import export
-from silo_client.state import State, atomic_write, read_json, write_json
+from silo_client.state import State, read_json, write_json
 from silo_client.training import RECIPE, Progress, adapt, train
 
 log = logging.getLogger("seqr.silo")
@@ -130,7 +131,7 @@ class _Store:
             "environment": trained.environment,
             "adapter_digest": trained.adapter.digest,
         }
-        atomic_write(self._meta.with_suffix(".safetensors"), trained.adapter.to_bytes())
+        write_private(self._meta.with_suffix(".safetensors"), trained.adapter.to_bytes())
         write_json(self._meta, meta)
         # The records have changed since any other unfinished training began, so it can never be resumed.
         for folder in self._all_checkpoints.iterdir():

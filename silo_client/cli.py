@@ -119,9 +119,9 @@ def enrol(directory: Directory = Path(".")) -> None:
     from silo_client.state import State
 
     config = load_config(directory)
-    enrolled = enrolment.enrol(config, State.open(config))
+    fingerprint = enrolment.enrol(config, State.open(config))
     out.print(f"silo {config.silo_id} has asked to join and waits for an admin's approval")
-    out.print(f"read this fingerprint to the admin: {enrolled.fingerprint}", markup=False)
+    out.print(f"read this fingerprint to the admin: {fingerprint}", markup=False)
 
 
 @app.command()

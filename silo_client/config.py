@@ -1,19 +1,19 @@
 """The silo's one settings class, read from ``silo.toml``; ``SEQR_SILO_*`` environment variables win over the file."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from seqr.settings import FileSettings, read_toml
+from seqr.enrolment import SILO_ID
+from seqr.settings import FileSettings, read_toml, toml_value
 from silo_client.errors import ConfigInvalid, ConfigMissing
 
 CONFIG_NAME = "silo.toml"
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 
-SiloId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+SiloId = Annotated[str, StringConstraints(pattern=f"^{SILO_ID}$")]
 
 
 class DataSource(BaseModel):
@@ -137,27 +137,27 @@ def render_config(values: dict[str, Any]) -> str:
     """``silo.toml`` as text, with a word on every setting an owner may want to change."""
     lines = [
         "# This silo's settings. What is written here is all that the silo client reads; records stay where they are.",
-        f"silo_id = {_toml(values['silo_id'])}",
-        f"display_name = {_toml(values['display_name'])}",
+        f"silo_id = {toml_value(values['silo_id'])}",
+        f"display_name = {toml_value(values['display_name'])}",
         "",
         "# The base model every silo of the federation trains with; 'seqr silo check' compares it with the plan.",
-        f"base_model = {_toml(values['base_model'])}",
+        f"base_model = {toml_value(values['base_model'])}",
         "",
         "# Say in the manifest how many records and tokens were trained on (default: nobody is told).",
-        f"share_counts = {_toml(values['share_counts'])}",
+        f"share_counts = {toml_value(values['share_counts'])}",
         "# Leave bad rows out and report them, instead of stopping at the first one.",
-        f"skip_bad = {_toml(values['skip_bad'])}",
+        f"skip_bad = {toml_value(values['skip_bad'])}",
         "# CPU threads of training. The adapter's bytes depend on it: change it, and the next adapter differs.",
-        f"threads = {_toml(values['threads'])}",
+        f"threads = {toml_value(values['threads'])}",
         "",
         "[coordinator]",
-        f"url = {_toml(values['coordinator']['url'])}",
+        f"url = {toml_value(values['coordinator']['url'])}",
         "# Plans and orders signed with any other key are refused.",
-        f"public_key = {_toml(values['coordinator']['public_key'])}",
+        f"public_key = {toml_value(values['coordinator']['public_key'])}",
         *_optional("ca_file", values["coordinator"].get("ca_file")),
         "",
         "[superlink]",
-        f"address = {_toml(values['superlink']['address'])}",
+        f"address = {toml_value(values['superlink']['address'])}",
         *_optional("ca_file", values["superlink"].get("ca_file")),
     ]
     for source in values["data"]:
@@ -168,9 +168,4 @@ def render_config(values: dict[str, Any]) -> str:
 
 
 def _optional(name: str, value: str | None) -> list[str]:
-    return [] if value is None else [f"{name} = {_toml(value)}"]
-
-
-def _toml(value: str | bool | int) -> str:
-    # JSON's strings, booleans and integers are TOML's too.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return [] if value is None else [f"{name} = {toml_value(value)}"]

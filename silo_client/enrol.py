@@ -1,7 +1,7 @@
 """Asking the coordinator to let this silo in: public keys, signed by the key they name. No record is involved."""
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,13 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from seqr.canonical import canonical_json
-from seqr.dsse import sign
+from seqr.enrolment import EnrolmentClaim, sign_enrolment
+from seqr.files import write_private
 from silo_client.config import SiloConfig
 from silo_client.errors import ConfigInvalid, CoordinatorUnreachable, EnrolmentRefused
-from silo_client.state import State, atomic_write
+from silo_client.state import State
 
-ENROLMENT_PAYLOAD_TYPE = "application/vnd.seqr.enrolment+json"
 TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Enrolled:
-    """What the owner reads out to the admin, and how the coordinator answered."""
-
-    fingerprint: str
-    state: str
 
 
 def create_node_key(state: State) -> None:
@@ -33,24 +24,20 @@ def create_node_key(state: State) -> None:
         return
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    atomic_write(state.node_key_path.with_suffix(".key.pub"), public + b"\n")
-    atomic_write(state.node_key_path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    write_private(state.node_key_path.with_suffix(".key.pub"), public + b"\n")
+    write_private(state.node_key_path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
 
 
 def request_body(config: SiloConfig, state: State) -> dict[str, Any]:
     """The enrolment request: exactly what is sent."""
     key = state.signing_key()
-    claim = {
-        "silo_id": config.silo_id,
-        "display_name": config.display_name,
-        "signing_key": key.public.to_b64(),
-        "node_key": state.node_key_path.with_suffix(".key.pub").read_text().strip(),
-    }
-    return {**claim, "proof": sign(ENROLMENT_PAYLOAD_TYPE, canonical_json(claim), key).to_dict()}
+    node_key = state.node_key_path.with_suffix(".key.pub").read_text().strip()
+    claim = EnrolmentClaim(config.silo_id, config.display_name, key.public.to_b64(), node_key)
+    return {**asdict(claim), "proof": sign_enrolment(claim, key).to_dict()}
 
 
-def enrol(config: SiloConfig, state: State) -> Enrolled:
-    """Send the request.
+def enrol(config: SiloConfig, state: State) -> str:
+    """Send the request; returns the fingerprint that the owner reads out to the admin.
 
     Raises:
         ConfigInvalid: silo.toml has no coordinator URL, or a CA file that cannot be read.
@@ -60,7 +47,7 @@ def enrol(config: SiloConfig, state: State) -> Enrolled:
     response = _call(config, "POST", "/v1/silos/enrolments", json=request_body(config, state))
     if response.status_code != 202:
         raise EnrolmentRefused(f"the coordinator refused the enrolment: {_reason(response)}")
-    return Enrolled(state.signing_key().public.fingerprint, "pending")
+    return state.signing_key().public.fingerprint
 
 
 def reach(config: SiloConfig) -> None:

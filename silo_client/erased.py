@@ -51,10 +51,11 @@ class Tombstones:
         self._emptied.update(emptied)
         self._save()
 
-    def mark_purged(self, subject: str) -> None:
+    def mark_purged(self, subject: str) -> Tombstone:
         name = self._name(subject)
-        self._subjects[name] = replace(self._subjects[name], purged=True)
+        tombstone = self._subjects[name] = replace(self._subjects[name], purged=True)
         self._save()
+        return tombstone
 
     def _save(self) -> None:
         subjects = {

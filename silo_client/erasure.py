@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from seqr.canonical import sha256_hex
+from seqr.files import sync_folder
 from seqr.job import record_commitment
 from silo_client.config import DataSource, SiloConfig
 from silo_client.data import Row, read_rows
 from silo_client.erased import Tombstone, Tombstones
 from silo_client.errors import NO_SUBJECT_COLUMN, DataError, DataFileBusy, SubjectColumnMissing, SubjectUnknown
 from silo_client.records import dataset_root, subject_of, to_record
-from silo_client.state import State, sync_directory
+from silo_client.state import State
 
 log = logging.getLogger("seqr.silo")
 
@@ -79,22 +80,19 @@ def erase(
     """
     matches = find(config, subject)
     tombstone = tombstones.get(subject)
-    if tombstone is None and not matches:
-        raise SubjectUnknown("no record in the data files is about this subject; nothing was changed")
     if matches:
         tombstone = _tombstone(state, matches, tombstone, usable, old_adapter_digest)
         tombstones.put(subject, tombstone, (str(match.source.path) for match in matches if match.empties))
         for match in matches:
             _rewrite_without(config, match.source, subject)
         log.info("records of a subject were removed from the data files")
-    if tombstone is not None and not tombstone.purged:
-        purge(state)
-        tombstones.mark_purged(subject)
-        log.info("adapters, checkpoints and replies made before the erasure were destroyed")
-    settled = tombstones.get(subject)
-    if settled is None:
+    elif tombstone is None:
         raise SubjectUnknown("no record in the data files is about this subject; nothing was changed")
-    return settled
+    if not tombstone.purged:
+        purge(state)
+        tombstone = tombstones.mark_purged(subject)
+        log.info("adapters, checkpoints and replies made before the erasure were destroyed")
+    return tombstone
 
 
 def purge(state: State) -> None:
@@ -106,7 +104,7 @@ def purge(state: State) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        sync_directory(folder)
+        sync_folder(folder)
 
 
 def _tombstone(
@@ -157,7 +155,7 @@ def _rewrite_without(config: SiloConfig, source: DataSource, subject: str) -> No
             str(source.path), "the data file changed during the erasure; stop writing to it and try again"
         )
     os.replace(partial, path)
-    sync_directory(path.parent)
+    sync_folder(path.parent)
 
 
 def _keep_owner(descriptor: int, before: os.stat_result) -> None:

@@ -99,12 +99,6 @@ class NoRecords(SiloError):
     code = "no_records"
 
 
-class NoRecordsLeft(SiloError):
-    """An erasure removed the last record: the data is gone, and there is nothing left to train on."""
-
-    code = "no_records_left"
-
-
 NO_SUBJECT_COLUMN = (
     "no column says whose record a row is, so nobody's records can be erased: name it as subject_column in silo.toml"
 )

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seqr.files import write_private
 from seqr.supervisor import follow_supervisor
 from silo_client.errors import SiloError
 
@@ -121,10 +122,7 @@ def launch_client_app_only() -> None:
             return LaunchResult.failed("this silo runs its own ClientApp and nothing else")
         # One task at a time: the file of the task before this one has long been read.
         token = tokens / "task.token"
-        token.unlink(missing_ok=True)
-        descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(spec.token)
+        write_private(token, spec.token.encode())
         command = [sys.executable, "-m", "silo_client.flower_process", "clientapp"]
         command += ["--runtime-api-address", spec.runtime_api_address, "--insecure"]
         command += ["--token-file", str(token), "--parent-pid", str(os.getpid())]

@@ -13,6 +13,7 @@ from seqr.canonical import canonical_json, sha256_hex
 from seqr.document import parse_utc, utc_now
 from seqr.dsse import Envelope
 from seqr.errors import SeqrError
+from seqr.files import write_private
 from seqr.job import JobOrder, verify_job
 from seqr.keys import VerifyKey
 from seqr.plan import Plan, verify_plan
@@ -27,7 +28,7 @@ from silo_client.errors import (
     ReplyDestroyed,
 )
 from silo_client.quiet import quiet
-from silo_client.state import State, atomic_write, read_json, write_json
+from silo_client.state import State, read_json, write_json
 
 log = logging.getLogger("seqr.silo")
 
@@ -195,7 +196,7 @@ class _Journal:
     def store(self, reply: JobReply) -> None:
         """Put the reply onto the disk, the note that it exists last."""
         if reply.bundle is not None:
-            atomic_write(self._reply.with_suffix(".sealed"), reply.bundle)
+            write_private(self._reply.with_suffix(".sealed"), reply.bundle)
         fields = {
             "status": reply.status,
             "code": reply.code,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from seqr.files import write_private
 from seqr.supervisor import Service, Supervisor, accepts_connections, follow_supervisor, free_port
 from silo_client.config import SiloConfig
 from silo_client.errors import ConfigInvalid, SiloBusy
@@ -71,7 +72,7 @@ def supervise(config: SiloConfig, tell: Callable[[str], None] = logger.info) -> 
     for folder in (work, home, tokens):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-    _write_secret(secret)
+    write_private(secret, secrets.token_bytes(48))
     environment = flower_environment(config, work)
     log = _Log(work / "flower.log")
     port = _Port()
@@ -171,16 +172,14 @@ def _checked(config: SiloConfig) -> tuple[str, Path, Path]:
         )
     certificate = config.resolve(config.superlink.ca_file)
     key = config.state_dir / NODE_KEY
-    for what, path in (("CA certificate", certificate), ("node key", key)):
-        if not path.is_file():
-            raise ConfigInvalid(f"the {what} {path} does not exist; see 'seqr silo init'")
+    if not certificate.is_file():
+        raise ConfigInvalid(f"the CA certificate {certificate} does not exist; see ca_file in silo.toml")
+    if not key.is_file():
+        raise ConfigInvalid(
+            f"the node key {key} does not exist; restore it from a backup, or run 'seqr silo init' in a new directory "
+            "and enrol it"
+        )
     return config.superlink.address, certificate, key
-
-
-def _write_secret(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(48))
 
 
 @contextmanager

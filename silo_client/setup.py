@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from seqr.files import write_private
 from seqr.keys import VerifyKey
 from silo_client.config import CONFIG_NAME, FORMATS, SiloConfig, load_config, render_config
 from silo_client.enrol import create_node_key
 from silo_client.errors import AlreadyInitialised, BaseModelMissing, ConfigInvalid, DataFileMissing
-from silo_client.state import State, atomic_write
+from silo_client.state import State
 
 BASE_MODEL_FOLDER = "base-model"
 HUB = "hub:"
@@ -35,7 +36,7 @@ def initialise(directory: Path, values: dict[str, Any], data: list[Path], column
     sources = [_source(directory, file, columns) for file in data]
     base_model = base_model_setting(directory, values["base_model"])
     directory.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, render_config({**values, "base_model": base_model, "data": sources}).encode())
+    write_private(path, render_config({**values, "base_model": base_model, "data": sources}).encode())
     try:
         config = load_config(directory)
     except ConfigInvalid:

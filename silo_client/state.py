@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seqr.dsse import Envelope
+from seqr.files import write_private
 from seqr.keys import SigningKey, VerifyKey
 from seqr.plan import Plan, verify_plan
 from silo_client.config import SiloConfig
@@ -44,7 +45,7 @@ class State:
         if not state.signing_key_path.exists():
             SigningKey.generate().save(state.signing_key_path)
         if not state._salt_path.exists():
-            atomic_write(state._salt_path, secrets.token_bytes(SALT_BYTES))
+            write_private(state._salt_path, secrets.token_bytes(SALT_BYTES))
         return state
 
     @classmethod
@@ -57,7 +58,10 @@ class State:
         state = cls(config.state_dir)
         for path in (state.signing_key_path, state._salt_path):
             if not path.is_file():
-                raise StateDamaged(f"{path} is missing; restore it from a backup, or begin anew with 'seqr silo init'")
+                raise StateDamaged(
+                    f"{path} is missing; restore it from a backup, or run 'seqr silo init' in a new directory and "
+                    "enrol it"
+                )
         for name in SUBDIRECTORIES:
             (state.path / name).mkdir(mode=0o700, exist_ok=True)
         return state
@@ -99,8 +103,8 @@ class State:
 
     def save_plan(self, plan: Plan, envelope: bytes) -> None:
         """Keep a verified plan and make it the latest one."""
-        atomic_write(self.path / "plans" / f"{plan.plan_id}.json", envelope)
-        atomic_write(self.path / "plans" / "latest", plan.plan_id.encode())
+        write_private(self.path / "plans" / f"{plan.plan_id}.json", envelope)
+        write_private(self.path / "plans" / "latest", plan.plan_id.encode())
 
     def latest_plan(self, coordinator: VerifyKey) -> Plan:
         """The plan received last, verified again.
@@ -142,20 +146,8 @@ class State:
             os.close(descriptor)
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` with mode 0600, whole or not at all, and onto the disk before returning."""
-    partial = path.with_name(f".{path.name}.partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
-
-
 def write_json(path: Path, value: Any) -> None:
-    atomic_write(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+    write_private(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
@@ -170,12 +162,3 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError:
         raise StateDamaged(f"{path} is damaged; restore it from a backup") from None
-
-
-def sync_directory(path: Path) -> None:
-    """Put the names in a directory onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

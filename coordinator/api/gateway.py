@@ -9,7 +9,6 @@ from coordinator.api.auth import Gateway
 from coordinator.api.bodies import AdmissionBody, PurgeBody, QuarantineBody
 from coordinator.api.state import Services, services
 from coordinator.db import reading
-from coordinator.errors import PlanMissing
 from seqr.canonical import canonical_json
 
 router = APIRouter(prefix="/v1/gateway", tags=["gateway"])
@@ -20,10 +19,7 @@ S = Annotated[Services, Depends(services)]
 def plan(_caller: Gateway, s: S) -> Response:
     """The signed plan that is current."""
     with reading(s.coordinator.engine) as connection:
-        plan_id = plans.current_id(connection)
-        if plan_id is None:
-            raise PlanMissing("there is no plan yet; an admin creates one with `seqr coordinator plan create`")
-        return Response(plans.envelope(connection, plan_id), media_type="application/json")
+        return Response(plans.envelope(connection, plans.current(connection)), media_type="application/json")
 
 
 @router.get("/revisions")

@@ -29,9 +29,8 @@ def add_grant(
     body: GrantBody, caller: Admin, s: S, response: Response, expected: Expected, preview: Preview = False
 ) -> dict[str, Any]:
     """Allow or deny a silo to a user or group; with dry_run, say who would gain and lose what."""
-    store = s.coordinator.policy
     how = change(caller, body.reason, expected)
-    done = store.add_grant(
+    done = s.coordinator.policy.add_grant(
         body.subject,
         body.silo_id,
         body.effect,
@@ -42,7 +41,7 @@ def add_grant(
     )
     if isinstance(done, Diff):
         return answer(response, done)
-    return answer(response, store.version() if expected is None else expected + 1, grant_id=done)
+    return answer(response, done.policy_version, grant_id=done.grant_id)
 
 
 @router.delete("/grants/{grant_id}")

@@ -8,7 +8,6 @@ from coordinator import plans
 from coordinator.api.auth import Admin, Reader
 from coordinator.api.state import Services, services
 from coordinator.db import reading, writing
-from coordinator.errors import PlanMissing
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 S = Annotated[Services, Depends(services)]
@@ -39,10 +38,7 @@ def listing(_caller: Reader, s: S) -> dict[str, Any]:
 def current(_caller: Reader, s: S) -> Response:
     """The signed plan that is current."""
     with reading(s.coordinator.engine) as connection:
-        plan_id = plans.current_id(connection)
-        if plan_id is None:
-            raise PlanMissing("there is no plan yet; an admin creates one with `seqr coordinator plan create`")
-        return _envelope(plans.envelope(connection, plan_id))
+        return _envelope(plans.envelope(connection, plans.current(connection)))
 
 
 @router.get("/{plan_id}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.errors import RemoteProblem, RemoteUnreachable, SettingsInvalid
+from seqr.settings import is_loopback, is_safe_url
 
 Url = Annotated[str, typer.Option("--url", envvar="SEQR_COORDINATOR_URL", help="Address of the coordinator.")]
 KeyFile = Annotated[
@@ -42,7 +43,7 @@ class Remote:
         headers = {"Authorization": f"Bearer {self._key()}"}
         params = {name: value for name, value in query.items() if value is not None}
         try:
-            with httpx.Client(verify=self._trust(), timeout=60, trust_env=not _is_loopback(self.url)) as client:
+            with httpx.Client(verify=self._trust(), timeout=60, trust_env=not is_loopback(self.url)) as client:
                 response = client.request(
                     method, self.url.rstrip("/") + path, json=body, params=params, headers=headers
                 )
@@ -59,21 +60,15 @@ class Remote:
         except (OSError, UnicodeDecodeError):
             raise SettingsInvalid(f"the API key file {self.key_file} cannot be read; give --key-file") from None
 
-    def _trust(self) -> ssl.SSLContext | bool:
-        if self.url.startswith("http://"):
-            if not _is_loopback(self.url):
-                raise SettingsInvalid("an API key is not sent over plain http to another machine; use https")
-            return True
+    def _trust(self) -> ssl.SSLContext:
+        if not is_safe_url(self.url):
+            raise SettingsInvalid(
+                "an API key is sent to an https:// address only, or to an http:// one of this machine; see --url"
+            )
         try:
             return ssl.create_default_context(cafile=None if self.ca_file is None else os.fspath(self.ca_file))
         except (OSError, ssl.SSLError):
             raise SettingsInvalid(f"the CA certificate {self.ca_file} cannot be read; give --ca-file") from None
-
-
-def _is_loopback(url: str) -> bool:
-    from seqr.settings import LOOPBACK
-
-    return url.partition("://")[2].partition("/")[0].rpartition(":")[0].strip("[]") in LOOPBACK
 
 
 def _problem(status: int, content: bytes) -> RemoteProblem:

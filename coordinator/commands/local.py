@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from click import Choice
+from click.core import ParameterSource
 
 from coordinator.commands.client import AsJson
 from seqr.plan import ROUTINGS
@@ -20,6 +21,7 @@ plan_app = typer.Typer(no_args_is_help=True, help="Create and show plans.")
 
 
 def init(
+    context: typer.Context,
     directory: Directory = HERE,
     federation: Annotated[str, typer.Option(help="Name of the federation, written into its plans.")] = "seqr",
     database_url: Annotated[str, typer.Option(help="Default: a SQLite file in the state directory.")] = "",
@@ -33,9 +35,11 @@ def init(
 ) -> None:
     """Make the state directory: keys, settings, database. Prints the public key that silos have to pin.
 
-    A directory that holds a coordinator already keeps its keys; its database is brought to the newest schema.
+    A directory that holds a coordinator already keeps its keys and settings; its database is brought to the newest
+    schema.
     """
     from coordinator.db import upgrade
+    from coordinator.errors import StateDirExists
     from coordinator.settings import load_settings, make_settings
     from coordinator.setup import init_state
     from seqr.keys import VerifyKey
@@ -50,6 +54,12 @@ def init(
         values["policy_pepper_file"] = str(policy_pepper_file.expanduser().absolute())
     settings = make_settings(directory=directory, **values)
     if settings.signing_key_file.exists():
+        if given := _options_given(context) - {"directory", "as_json"}:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+            raise StateDirExists(
+                f"{settings.directory} holds a coordinator already and {options} would change nothing; edit "
+                f"{settings.config_file} instead"
+            )
         settings = load_settings(directory)
         upgrade(settings.database_url)
         public = VerifyKey.load(settings.public_key_file)
@@ -185,6 +195,10 @@ def show_plan(
         out.write_bytes(envelope)
     else:
         typer.echo(json.dumps(plan.to_dict(), indent=2))
+
+
+def _options_given(context: typer.Context) -> set[str]:
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _absolute(path: Path | None) -> Path | None:

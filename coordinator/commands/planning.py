@@ -8,7 +8,7 @@ from pathlib import Path
 from coordinator import plans
 from coordinator.core import open_coordinator
 from coordinator.db import reading, writing
-from coordinator.errors import GatewayKeyInvalid, PlanMissing
+from coordinator.errors import GatewayKeyInvalid
 from coordinator.settings import Settings
 from seqr.models import inspect_base_model
 from seqr.plan import GatewayKey, Plan, TrainingLimits, create_plan, sign_plan
@@ -61,9 +61,7 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
 def load_plan(settings: Settings, plan_id: str | None) -> tuple[bytes, Plan]:
     """The envelope and the plan. Raises PlanMissing, PlanUnknown."""
     with reading(open_coordinator(settings).engine) as connection:
-        wanted = plan_id or plans.current_id(connection)
-        if wanted is None:
-            raise PlanMissing("there is no plan yet; create one with `seqr coordinator plan create`")
+        wanted = plan_id or plans.current(connection)
         return plans.envelope(connection, wanted), plans.load(connection, wanted)
 
 

@@ -84,7 +84,7 @@ def train(story: Story, federation: Federation, cast: Cast) -> None:
 
 
 def grant(story: Story, federation: Federation, cast: Cast) -> None:
-    """One analyst per silo who may use all silos but the next one, one who may use all, and one with nothing."""
+    """Four analysts: alice has all silos, bob the first alone, carol all but the first, mallory none."""
     story.chapter("An admin says who may use which silo")
     silo_ids = [organisation.silo_id for organisation in cast.organisations]
     holdings = {"alice": silo_ids, "bob": silo_ids[:1], "carol": silo_ids[1:], "mallory": []}

@@ -13,6 +13,7 @@ import httpx
 from coordinator.demo.organisations import Organisation
 from coordinator.demo.questions import STREAMS
 from coordinator.demo.world import LOOPBACK, CommandFailed, World
+from seqr.files import write_private
 
 START_TIMEOUT_S = 300.0
 
@@ -39,7 +40,6 @@ class Federation:
         self.world = world
         self.model = model
         self.plan_choice = plan
-        self.plan_id = ""
         self._database = ("--database", f"sqlite:///{world.coordinator / 'policy.db'}")
         self._pepper = ("--pepper-file", str(world.coordinator / "policy.pepper"))
         self.coordinator_key = ""
@@ -228,8 +228,7 @@ class Federation:
     @staticmethod
     def _write_key(path: Path, key: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_text(key + "\n")
-        path.chmod(0o600)
+        write_private(path, f"{key}\n".encode())
 
 
 def _checked(response: httpx.Response) -> Any:

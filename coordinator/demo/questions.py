@@ -36,7 +36,6 @@ class Score:
     right: int
     asked: int
     owner_share: float
-    permitted: tuple[str, ...]
 
     @property
     def percent(self) -> float:
@@ -91,5 +90,4 @@ def score(questions: Sequence[Question], replies: Sequence[Reply]) -> Score:
         right=sum(question.is_answered_by(reply.text) for question, reply in pairs),
         asked=len(pairs),
         owner_share=sum(reply.shares.get(question.silo_id, 0.0) for question, reply in pairs) / max(1, len(pairs)),
-        permitted=replies[0].permitted if replies else (),
     )

@@ -14,8 +14,9 @@ import httpx
 import jwt
 
 from inference_gateway.oidc.errors import IssuerUnreachable, LoginError
-from inference_gateway.oidc.settings import OidcSettings, is_safe_url
+from inference_gateway.oidc.settings import OidcSettings
 from inference_gateway.oidc.tokens import Header, find_key
+from seqr.settings import is_safe_url
 
 log = logging.getLogger(__name__)
 

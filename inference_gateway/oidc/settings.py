@@ -6,19 +6,10 @@ from typing import Annotated, Literal
 import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from seqr.settings import LOOPBACK
+from seqr.settings import is_safe_url
 
 # Signatures with a public key only. With "none" or HMAC on the list, whoever knows the public key could make tokens.
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
-
-
-def is_safe_url(value: str) -> bool:
-    """Whether nobody on the way can read or change what is sent there: https, or http to this machine itself."""
-    try:
-        url = httpx.URL(value)
-    except httpx.InvalidURL:
-        return False
-    return bool(url.host) and (url.scheme == "https" or (url.scheme == "http" and url.host in LOOPBACK))
 
 
 def _address(value: str) -> str:

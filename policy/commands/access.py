@@ -129,6 +129,8 @@ def grant(
     database: DatabaseOption = "",
 ) -> None:
     """Allow a user or a group to use a silo, or deny it."""
+    from policy.grants import NewGrant
+
     effect = "deny" if deny else "allow"
     not_before, end = parse_instant(start) if start is not None else None, parse_end(expires)
     with open_store(database) as store:
@@ -141,9 +143,9 @@ def grant(
             dry_run=dry_run,
             **how(actor, reason, if_version),
         )
-        version = store.version()
-    if isinstance(outcome, str):
-        print_version(version, as_json, f"{outcome}: {effect} {subject} on {silo_id}.", grant_id=outcome)
+    if isinstance(outcome, NewGrant):
+        sentence = f"{outcome.grant_id}: {effect} {subject} on {silo_id}."
+        print_version(outcome.policy_version, as_json, sentence, grant_id=outcome.grant_id)
     else:
         print_diff(outcome, as_json)
 

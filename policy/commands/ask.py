@@ -25,7 +25,7 @@ def check(
 
     with open_connection(database) as connection:
         found = decision.permitted(connection, user_id, parse_instant(at))
-    allowed = silo_id in found.silos
+    allowed = found.allows(silo_id)
     if as_json:
         print_json({"allowed": allowed, "policy_version": found.policy_version})
     else:

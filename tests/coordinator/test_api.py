@@ -17,6 +17,7 @@ from coordinator.api import create_app
 from coordinator.api.auth import OPEN
 from coordinator.db import now
 from coordinator.plans import read_envelope
+from policy.store import PolicyStore
 from seqr.dsse import Envelope
 from seqr.keys import SigningKey
 from seqr.plan import sign_plan, verify_plan
@@ -327,6 +328,25 @@ def test_policy_writes_need_the_version_they_were_decided_on_and_a_reason(clinic
     grant = f"/v1/grants/{made.json()['grant_id']}"
     assert admin("DELETE", grant, {"reason": "came back"}, If_Match="*").status_code == 200
     assert clinic.permitted() == ("clinic",)
+
+
+def test_a_new_grant_is_answered_with_its_own_version_though_another_change_followed(
+    clinic: World, admin: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the later version as ETag, the caller's next change would silently undo one it has not seen."""
+    add_grant = PolicyStore.add_grant
+
+    def overtaken(store: PolicyStore, *args: Any, **how: Any) -> Any:
+        made = add_grant(store, *args, **how)
+        store.create_user("late", **HOW)
+        return made
+
+    monkeypatch.setattr(PolicyStore, "add_grant", overtaken)
+    before = clinic.store.version()
+    body = {"subject": "user:ann", "silo_id": "clinic", "reason": "project"}
+    made = admin("POST", "/v1/grants", body, If_Match="*")
+    assert made.headers["etag"] == f'"{before + 1}"' and made.json()["policy_version"] == before + 1
+    refused(admin("POST", "/v1/grants", body, If_Match=made.headers["etag"]), 412, "version_mismatch")
 
 
 def test_users_groups_and_the_reasons_of_a_permission_over_the_api(clinic: World, admin: Api) -> None:

@@ -20,8 +20,9 @@ from cryptography import x509
 
 from coordinator.api import create_app
 from coordinator.certs import make_certificates
+from coordinator.commands.client import Remote
 from coordinator.deletions import State
-from coordinator.errors import CertificateExists, InsecureListen
+from coordinator.errors import CertificateExists, InsecureListen, RemoteUnreachable, SettingsInvalid
 from coordinator.revisions import RevisionState
 from coordinator.serve import require_tls
 from coordinator.settings import Settings, load_settings, make_settings
@@ -102,6 +103,20 @@ def test_an_operator_gets_from_nothing_to_a_signed_plan(run: Run, tmp_path: Path
     assert again["public_key"] == told["public_key"], "a second init keeps the key"
 
 
+def test_options_for_a_coordinator_that_exists_are_refused_with_the_file_to_edit(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    run("init", "--dir", state)
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        main(["coordinator", "init", "--dir", str(state), "--port", "9000", "--database-url", "sqlite:///x"])
+    said = capsys.readouterr().err
+    assert "--database-url, --port would change nothing" in said and f"edit {state / 'coordinator.toml'}" in said
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
+    run("init", "--dir", state)
+
+
 def test_what_an_operator_can_get_wrong_is_one_sentence(run: Run, tmp_path: Path) -> None:
     run("serve", "--dir", tmp_path / "empty", fails="state_dir_missing")
     run("init", "--dir", tmp_path / "state")
@@ -113,6 +128,23 @@ def test_what_an_operator_can_get_wrong_is_one_sentence(run: Run, tmp_path: Path
     run("plan", "create", "--dir", tmp_path / "state", *nothing, fails="gateway_key_invalid")
     run("certs", "--dir", tmp_path / "state")
     run("certs", "--dir", tmp_path / "state", fails="certificate_exists")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://coordinator.example:8443", "HTTP://coordinator.example", "coordinator.example"]
+)
+def test_an_api_key_is_not_sent_in_the_clear_to_another_machine(url: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("seqr_secret\n")
+    with pytest.raises(SettingsInvalid, match="to an https:// address only, or to an http:// one of this"):
+        Remote(url, tmp_path / "key", None).call("GET", "/v1/silos")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_an_api_key_is_sent_over_http_within_this_machine(host: str, tmp_path: Path) -> None:
+    """Nobody listens on port 80 of the loopback addresses here, so that it was tried is what can be seen."""
+    (tmp_path / "key").write_text("seqr_secret\n")
+    with pytest.raises(RemoteUnreachable, match=re.escape(f"the coordinator at http://{host} does not answer")):
+        Remote(f"http://{host}", tmp_path / "key", None).call("GET", "/v1/silos")
 
 
 def test_admins_and_officers_work_over_tls(run: Run, served: list[str | Path], world: World, tmp_path: Path) -> None:

@@ -71,14 +71,14 @@ def test_a_fingerprint_that_nobody_asked_with_is_refused(world: World) -> None:
 
 def test_an_enrolled_silo_cannot_be_enrolled_again(world: World) -> None:
     world.add_silo("clinic")
-    with pytest.raises(SiloAlreadyEnrolled):
+    with pytest.raises(SiloAlreadyEnrolled, match="to enrol with new keys, ask the admin to suspend it first"):
         ask(world, Silo("clinic"))
 
 
 def test_one_key_belongs_to_one_silo(world: World) -> None:
     clinic = world.add_silo("clinic")
     for thief in (Silo("bank", key=clinic.key), Silo("bank", node_key=clinic.node_key)):
-        with pytest.raises(KeyInUse):
+        with pytest.raises(KeyInUse, match="key is another silo's; `seqr silo init` in a new directory"):
             ask(world, thief)
 
 

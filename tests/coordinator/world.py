@@ -4,7 +4,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from policy.store import PolicyStore
 from seqr import dsse
 from seqr.canonical import canonical_json, sha256_hex
 from seqr.document import utc_now, utc_text
+from seqr.enrolment import EnrolmentClaim, sign_enrolment
 from seqr.job import ErasureAttestation, JobOrder, sign_attestation, verify_job
 from seqr.keys import SealingKey, SigningKey
 from seqr.plan import GatewayKey, ModuleSpec, Plan, create_plan, sign_plan
@@ -97,14 +98,9 @@ class Silo:
         return replace(self, subjects=dict(self.subjects), removed=dict(self.removed), replies=dict(self.replies))
 
     def asks(self, **changes: str) -> enrolment.Enrolment:
-        told = {
-            "silo_id": self.silo_id,
-            "display_name": "",
-            "signing_key": self.key.public.to_b64(),
-            "node_key": self.node_key,
-        }
-        proof = dsse.sign(enrolment.ENROLMENT_PAYLOAD_TYPE, canonical_json(told), self.key).to_json()
-        return enrolment.Enrolment(**{**told, **changes}, proof=proof)  # type: ignore[arg-type]
+        claim = EnrolmentClaim(self.silo_id, "", self.key.public.to_b64(), self.node_key)
+        proof = sign_enrolment(claim, self.key).to_json()
+        return enrolment.Enrolment(**{**asdict(claim), **changes}, proof=proof)
 
     def root(self) -> str:
         return sha256_hex(canonical_json(self.subjects))

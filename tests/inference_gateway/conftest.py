@@ -62,7 +62,7 @@ class World:
     grants: dict[tuple[str, str], str]
 
     def grant(self, user: str, silo: str) -> None:
-        self.grants[user, silo] = self.policy.add_grant(f"user:{user}", silo, **HOW)
+        self.grants[user, silo] = self.policy.add_grant(f"user:{user}", silo, **HOW).grant_id
 
     def revoke(self, user: str, silo: str) -> None:
         self.policy.revoke_grant(self.grants.pop((user, silo)), **HOW)

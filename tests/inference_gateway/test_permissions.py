@@ -30,7 +30,7 @@ class Policy:
         self.store.create_user("alice", **HOW)
         for silo in ("alpha", "beta"):
             self.store.add_silo(silo, **HOW)
-        self.grant = self.store.add_grant("user:alice", "alpha", **HOW)
+        self.grant = self.store.add_grant("user:alice", "alpha", **HOW).grant_id
         self.now = datetime.now(UTC)
         self.key_id, self.secret = self.store.create_key("alice", ["chat"], "never", **HOW)
         self.caller = self.permissions.authenticate(self.secret)

@@ -96,7 +96,7 @@ def test_after_a_change_of_policy_at_most_the_token_that_was_being_handed_over_a
     key_id, secret = store.create_key("alice", ["chat"], **HOW)
     caller = permissions.authenticate(secret)
     store.add_silo("alpha", **HOW)
-    grant = store.add_grant("user:alice", "alpha", **HOW)
+    grant = store.add_grant("user:alice", "alpha", **HOW).grant_id
 
     async def use(engine: TransformersEngine) -> Any:
         with permissions.watching("mine", caller, permissions.decide("alice"), frozenset(["alpha"])):

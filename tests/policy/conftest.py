@@ -18,10 +18,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command
 from sqlalchemy import Engine
 
 from policy import decision, silos, users
-from policy.db import create_engine_for, upgrade
+from policy.db import alembic_config, create_engine_for, upgrade, writing
 from policy.models import Base
 from policy.store import PolicyStore
 
@@ -268,3 +269,14 @@ def small(store: PolicyStore) -> PolicyStore:
 
     store.write(fill, **HOW)
     return store
+
+
+@pytest.fixture
+def downgrade() -> Callable[[Engine, str], None]:
+    """downgrade(engine, revision): the way back, which no command of ours takes."""
+
+    def run(engine: Engine, revision: str) -> None:
+        with writing(engine).begin() as connection:
+            command.downgrade(alembic_config(connection), revision)
+
+    return run

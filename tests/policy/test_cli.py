@@ -14,6 +14,7 @@ from policy.cli import app
 from policy.db import create_engine_for
 from policy.keys import load_pepper
 from policy.reader import PolicyReader
+from policy.store import PolicyStore
 from policy.times import utc_now
 
 
@@ -117,6 +118,19 @@ def test_keys_are_made_rotated_and_revoked(ready):
     shown = {row["key_id"]: row for row in ready("key", "list", "--json")}
     assert shown[made["key_id"]]["revoked_at"] and shown[turned["key_id"]]["revoked_at"]
     assert len(ready("key", "create", "alice", "--reason", "r").splitlines()) == 2
+
+
+def test_a_new_grant_is_printed_with_its_own_version_though_another_change_followed(ready, how, monkeypatch):
+    add_grant = PolicyStore.add_grant
+
+    def overtaken(store, *args, **options):
+        made = add_grant(store, *args, **options)
+        store.create_user("late", **how)
+        return made
+
+    before = ready("user", "create", "carol", "--reason", "r", "--json")["policy_version"]
+    monkeypatch.setattr(PolicyStore, "add_grant", overtaken)
+    assert ready("grant", "user:alice", "bank", "--reason", "r", "--json")["policy_version"] == before + 1
 
 
 def test_owners_veto_on_the_command_line(ready):

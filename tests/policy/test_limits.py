@@ -118,13 +118,13 @@ def test_a_database_of_an_older_release_is_named(empty_url):
     engine.dispose()
 
 
-def test_going_back_to_the_older_schema_drops_limits_and_nothing_else(empty_url, how):
+def test_going_back_to_the_older_schema_drops_limits_and_nothing_else(empty_url, how, downgrade):
     engine = create_engine_for(empty_url)
     migrate(engine, "head")
     store = PolicyStore(engine)
     store.create_user("alice", **how)
     store.set_limits("user:alice", Limits(tokens_per_day=1), **how)
-    migrate(engine, "0001")
+    downgrade(engine, "0001")
     migrate(engine, "head")
     with engine.connect() as connection:
         assert listing.limits(connection) == [] and len(listing.users(connection)) == 1

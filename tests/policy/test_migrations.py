@@ -14,11 +14,11 @@ from policy.reader import PolicyReader
 from policy.store import PolicyStore
 
 
-def test_up_down_up(empty_url, how):
+def test_up_down_up(empty_url, how, downgrade):
     engine = create_engine_for(empty_url)
     migrate(engine, "head")
     PolicyStore(engine).create_user("alice", **how)
-    migrate(engine, "base")
+    downgrade(engine, "base")
     assert set(inspect(engine).get_table_names()) <= {"alembic_version"}
     migrate(engine, "head")
     assert PolicyStore(engine).create_user("alice", **how) == 1

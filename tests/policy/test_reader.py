@@ -19,7 +19,7 @@ import sys
 from policy.db import create_engine_for
 from policy.store import PolicyStore
 store = PolicyStore(create_engine_for(sys.argv[1]))
-print(store.add_grant("user:alice", "bank", actor="other process", reason="test"))
+print(store.add_grant("user:alice", "bank", actor="other process", reason="test").policy_version)
 """
 
 
@@ -38,12 +38,12 @@ def test_a_reader_sees_what_another_process_wrote(small, reader, url, clock):
 
 
 def test_a_revocation_is_seen_by_the_next_read(small, reader, how, clock):
-    grant = small.add_grant("user:alice", "bank", **how)
+    grant = small.add_grant("user:alice", "bank", **how).grant_id
     for _ in range(20):
         assert reader.permitted("alice", clock()).silos == ("bank",)
         small.revoke_grant(grant, **how)
         assert reader.permitted("alice", clock()).silos == ()
-        grant = small.add_grant("user:alice", "bank", **how)
+        grant = small.add_grant("user:alice", "bank", **how).grant_id
 
 
 def test_a_reader_holds_no_transaction_open(small, reader, engine, how, clock):

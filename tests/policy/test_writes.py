@@ -66,9 +66,10 @@ def test_each_write_adds_one_version_and_one_audit_row(store, how):
 
 def test_a_grant_adds_one_version_and_says_its_content_in_the_audit(small, how, clock):
     before = small.version()
-    grant = small.add_grant("user:alice", "bank", actor="ada", reason="season")
+    made = small.add_grant("user:alice", "bank", actor="ada", reason="season")
+    grant = made.grant_id
     small.revoke_grant(grant, **how)
-    assert small.version() == before + 2
+    assert small.version() == before + 2 == made.policy_version + 1
     with small.engine.connect() as connection:
         added, revoked = list(audit.entries(connection))[-2:]
     assert added.detail == {
@@ -139,7 +140,7 @@ def test_a_write_against_another_version_changes_nothing(small, how):
 
 
 def test_what_exists_or_is_gone_is_named(small, how):
-    grant = small.add_grant("user:alice", "bank", **how)
+    grant = small.add_grant("user:alice", "bank", **how).grant_id
     small.revoke_grant(grant, **how)
     small.add_member("staff", "user:alice", **how)
     key = small.create_key("alice", ["chat"], **how).key_id
@@ -267,7 +268,7 @@ def test_an_event_that_is_not_json_is_refused(small, detail):
 
 def test_listings_show_what_was_written(small, how):
     small.add_member("staff", "user:alice", **how)
-    grant = small.add_grant("group:staff", "bank", **how)
+    grant = small.add_grant("group:staff", "bank", **how).grant_id
     small.revoke_grant(grant, **how)
     with small.engine.connect() as connection:
         assert [row["user_id"] for row in listing.users(connection)] == ["alice", "bob"]

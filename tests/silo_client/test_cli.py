@@ -160,9 +160,16 @@ def test_two_trainings_at_once_are_refused(seqr: Seqr, silo: Silo) -> None:
         assert seqr("train", "--dir", silo.directory)[1].startswith("error[silo_busy]: ")
 
 
-def test_a_state_directory_without_its_key_says_so(seqr: Seqr, silo: Silo) -> None:
+def test_a_state_directory_without_its_key_says_what_to_do(
+    seqr: Seqr, silo: Silo, federation: Federation, tmp_path: Path
+) -> None:
+    lost = silo.state.signing_key().public.fingerprint
     silo.state.signing_key_path.unlink()
-    assert seqr("status", "--dir", silo.directory)[1].startswith("error[state_damaged]: ")
+    said = seqr("status", "--dir", silo.directory)[1]
+    assert said.startswith("error[state_damaged]: ")
+    assert "run 'seqr silo init' in a new directory and enrol" in said
+    status, said = seqr(*init_args(tmp_path / "anew", federation, silo.data))
+    assert status == 0 and "fingerprint: SHA256:" in said and lost not in said
 
 
 def test_status_tells_why_the_last_order_was_refused(seqr: Seqr, silo: Silo, federation: Federation) -> None:

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from seqr.canonical import parse_json
-from seqr.dsse import Envelope, verify
+from seqr.dsse import Envelope
+from seqr.enrolment import verify_enrolment
 from seqr.keys import VerifyKey
-from silo_client.enrol import ENROLMENT_PAYLOAD_TYPE, enrol, reach
+from silo_client.enrol import enrol, reach
 from silo_client.errors import ConfigInvalid, CoordinatorUnreachable, EnrolmentRefused
 
 from .conftest import Silo
@@ -65,13 +66,13 @@ def silo(make_silo: Callable[..., Silo], coordinator: Coordinator) -> Silo:
 
 
 def test_the_request_holds_public_keys_and_a_proof_by_the_signing_key(silo: Silo, coordinator: Coordinator) -> None:
-    enrolled = enrol(silo.config, silo.state)
+    fingerprint = enrol(silo.config, silo.state)
     body = coordinator.received
     assert set(body) == {"silo_id", "display_name", "signing_key", "node_key", "proof"}
     key = VerifyKey.from_b64(body["signing_key"])
-    proven = parse_json(verify(Envelope.from_dict(body["proof"]), [key], ENROLMENT_PAYLOAD_TYPE), "the proof", 1 << 16)
-    assert proven == {name: value for name, value in body.items() if name != "proof"}
-    assert enrolled.fingerprint == key.fingerprint == silo.state.signing_key().public.fingerprint
+    proven = verify_enrolment(Envelope.from_dict(body.pop("proof")), key)
+    assert asdict(proven) == body
+    assert fingerprint == key.fingerprint == silo.state.signing_key().public.fingerprint
     node = load_ssh_public_key(body["node_key"].encode())
     assert isinstance(node, EllipticCurvePublicKey)
     assert isinstance(node.curve, SECP384R1)

@@ -118,7 +118,7 @@ def test_missing_connection_settings_are_named(config: SiloConfig, old: str, new
 
 def test_a_silo_without_node_key_is_told_to_initialise(config: SiloConfig) -> None:
     (config.state_dir / "node.key").unlink()
-    with pytest.raises(ConfigInvalid, match=r"node key .*seqr silo init"):
+    with pytest.raises(ConfigInvalid, match=r"node key .*'seqr silo init' in a new directory and enrol"):
         node.supervise(config)
 
 
