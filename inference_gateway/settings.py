@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from inference_gateway.errors import InsecureListen, SettingsInvalid
 from inference_gateway.oidc.settings import OidcSettings
 from policy.limits import Limits
-from seqr.settings import LOOPBACK, FileSettings, read_toml, wrong_fields
+from seqr.settings import LOOPBACK, FileSettings, is_safe_url, read_toml, wrong_fields
 
 CONFIG_NAME = "gateway.toml"
 # What `serve` cannot do without, and `init` need not know yet.
@@ -196,6 +196,11 @@ def require_complete(settings: Settings) -> None:
     if missing:
         raise SettingsInvalid(
             f"{', '.join(missing)} must be set in {settings.config_file} or as SEQR_GATEWAY_{missing[0].upper()}"
+        )
+    if not is_safe_url(settings.coordinator_url):
+        raise SettingsInvalid(
+            f"coordinator_url must be https:// (or http:// to this machine), got {settings.coordinator_url!r}: this "
+            "gateway's API key would cross the network in the clear"
         )
     if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
         raise SettingsInvalid("ssl_certfile and ssl_keyfile belong together, got only one of them")

@@ -87,7 +87,7 @@ def make_world(model_dir: Path, plan: Plan, gateway: Gateway) -> Callable[[Path]
         coordinator = FakeCoordinator(plan)
         settings = Settings(
             directory=directory,
-            coordinator_url="http://coordinator",
+            coordinator_url="https://coordinator",
             coordinator_public_key=coordinator.key.public.to_b64(),
             policy_database_url=url,
             base_model=model_dir,
@@ -132,7 +132,7 @@ class Running:
         self.world = world
         self._clients: dict[str, openai.OpenAI] = {}
         client = CoordinatorClient(
-            "http://coordinator", API_KEY, transport=httpx.ASGITransport(app=world.coordinator.app)
+            "https://coordinator", API_KEY, transport=httpx.ASGITransport(app=world.coordinator.app)
         )
         self.service = Stand(world.settings, client, **service)
         self.app = create_app(self.service)

@@ -15,7 +15,7 @@ import uvicorn
 
 from inference_gateway.coordinator_client import CoordinatorClient
 from inference_gateway.service import Service
-from inference_gateway.settings import load_settings, require_tls
+from inference_gateway.settings import load_settings, require_complete, require_tls
 from seqr.cli import main
 from seqr.keys import SealingKey, SigningKey
 from seqr.plan import GatewayKey, Plan, create_plan, sign_plan
@@ -204,6 +204,21 @@ def test_settings_that_cannot_be_are_named_in_one_sentence(seqr: Command, tmp_pa
     (tmp_path / "gateway.toml").write_text(toml)
     status, _, err = seqr("serve", "--dir", str(tmp_path))
     assert status == 1 and err.startswith("error[settings_invalid]:") and said in err
+
+
+def test_the_key_for_the_coordinator_is_sent_over_tls_or_to_this_machine_only(
+    seqr: Command, make_world: Callable[[Path], World], tmp_path: Path
+) -> None:
+    world = make_world(tmp_path / "gateway")
+    write_toml(world, "http://10.0.0.1:8443")
+    status, _, err = seqr("serve", "--dir", str(world.settings.directory))
+    assert status == 1 and err.startswith(
+        "error[settings_invalid]: coordinator_url must be https:// (or http:// to this machine), got "
+        "'http://10.0.0.1:8443': this gateway's API key would cross the network in the clear"
+    )
+    for safe in ("https://10.0.0.1:8443", "http://127.0.0.1:8443", "http://[::1]:8443"):
+        write_toml(world, safe)
+        require_complete(load_settings(world.settings.directory))
 
 
 def test_plain_http_is_for_loopback_or_behind_a_proxy_only(
