@@ -127,7 +127,8 @@ class JobTable:
         try:
             order = self._order(connection, {**job, **values})
         except BundleDestroyed:
-            finish(connection, job, {"state": J.CANCELLED, "message": "its deletion request is closed"})
+            said = "its deletion request is closed, or the name in it was lost with the keystore"
+            finish(connection, job, {"state": J.CANCELLED, "message": said})
             return None
         connection.execute(update(jobs).where(jobs.c.job_id == job["job_id"]).values(values))
         # Signing is deterministic, so an order that is sent again has the very bytes the silo has seen before.

@@ -32,8 +32,9 @@ _OPEN_END = frozenset({State.QUARANTINED, State.NEEDS_INPUT, State.WAITING_FOR_S
 def file(c: Coordinator, silo_id: str, subject: str, requested_by: str, reason: str, actor: str) -> str:
     """Take a request in and return its id; the caller has the driver quarantine the silo before it answers.
 
-    A second request for a subject of which one is open becomes a duplicate. Raises SiloUnknown, SubjectInvalid,
-    SubjectInReason; then nothing has changed.
+    A second request for a subject of which one is open becomes a duplicate. If the open one's name was lost with the
+    keystore, it has it again, and can be retried. Raises SiloUnknown, SubjectInvalid, SubjectInReason; then nothing has
+    changed.
     """
     check_subject(subject)
     if len(subject) >= _TELLING and subject.casefold() in reason.casefold():
@@ -47,15 +48,24 @@ def file(c: Coordinator, silo_id: str, subject: str, requested_by: str, reason: 
         present = "active"  # approved a moment ago; policy hears of it from the reconciler
     request_id = "del-" + secrets.token_hex(8)
     moment = now()
+    kept: list[str] = []
+
+    def keep(whose: str) -> bytes:
+        kept.append(whose)
+        return c.subjects.keep(whose, subject, requested_by)
+
     try:
         with writing(c.engine) as connection:
             require_silo(connection, silo_id, lock=True)
             open_twin = _open_twin(connection, silo_id, subject_hash)
+            if open_twin and not c.subjects.remembers(open_twin):
+                twin = update(deletion_requests).where(deletion_requests.c.request_id == open_twin)
+                connection.execute(twin.values(subject_sealed=keep(open_twin)))
             row = {
                 "request_id": request_id,
                 "silo_id": silo_id,
                 "subject_hash": subject_hash,
-                "subject_sealed": None if open_twin else c.subjects.keep(request_id, subject, requested_by),
+                "subject_sealed": None if open_twin else keep(request_id),
                 "reason": reason,
                 "filed_by": actor,
                 "state": State.RECEIVED,
@@ -73,7 +83,8 @@ def file(c: Coordinator, silo_id: str, subject: str, requested_by: str, reason: 
                 detail = {"duplicate_of": open_twin}
                 note(connection, {**row, "state": State.RECEIVED}, State.DUPLICATE, actor, detail, reason)
     except BaseException:
-        c.subjects.forget(request_id)
+        for whose in kept:
+            c.subjects.forget(whose)
         raise
     return request_id
 

@@ -134,6 +134,20 @@ def test_a_second_request_for_the_same_person_is_a_duplicate_of_the_first(clinic
 
 
 @on_both("clinic")
+def test_a_name_lost_with_the_keystore_is_given_back_by_filing_again(clinic: World) -> None:
+    first = clinic.file("clinic")
+    clinic.c.subjects.forget(first)  # as after a restore: the keystore is in no backup
+    clinic.carry()
+    assert (clinic.state(first), clinic.request(first)["code"]) == ("failed", "job_cancelled")
+    assert "lost with the keystore" in str(clinic.request(first)["message"])
+    second = clinic.file("clinic")
+    assert clinic.request(second)["duplicate_of"] == first
+    requests.retry(clinic.c, first, "dpo", "its name is here again")
+    clinic.carry()
+    assert clinic.state(first) == "certified" and not clinic.c.subjects.remembers(first)
+
+
+@on_both("clinic")
 def test_an_offline_silo_is_waited_for_and_gets_its_order_when_it_returns(clinic: World) -> None:
     request_id = clinic.file("clinic")
     clinic.driver.tick()
