@@ -16,7 +16,7 @@ KEY = Path("seqr.key")
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 deletion_app = typer.Typer(no_args_is_help=True, help="File and follow deletion requests.")
-_REQUEST = ("request_id", "silo_id", "state", "received_at", "due_at", "code", "message")
+_REQUEST = ("request_id", "silo_id", "state", "received_at", "due_at", "duplicate_of", "code", "message")
 
 
 def silos(url: Url = DEFAULT_URL, key_file: KeyFile = KEY, ca_file: CaFile = None, as_json: AsJson = False) -> None:
@@ -87,6 +87,19 @@ def jobs(
     """List the latest jobs."""
     found = Remote(url, key_file, ca_file).call("GET", "/v1/jobs", silo_id=silo_id)
     show(found, as_json, ("job_id", "silo_id", "kind", "state", "created_at", "code"))
+
+
+def cancel(
+    job_id: str,
+    reason: Reason,
+    url: Url = DEFAULT_URL,
+    key_file: KeyFile = KEY,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give up a job that is not over; a reply that still comes is dropped."""
+    done = Remote(url, key_file, ca_file).call("POST", f"/v1/jobs/{job_id}/cancel", {"reason": reason})
+    show(done, as_json, ("job_id", "silo_id", "kind", "state", "message"))
 
 
 def revisions(

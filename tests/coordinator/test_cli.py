@@ -178,6 +178,12 @@ def test_admins_and_officers_work_over_tls(run: Run, served: list[str | Path], w
     assert Envelope.from_json(receipt.read_bytes()).payload
     run("deletion", "receipt", "del-0", *served, fails="deletion_request_unknown")
     run("deletion", "retry", request_id, "--reason", "x", *served, fails="illegal_transition")
+    # Nobody works any more: the next job waits, keeps others away, and can be cancelled.
+    waiting = json.loads(run("job", "clinic", "--json", *served))["job_id"]
+    run("job", "clinic", *served, fails="job_already_live")
+    assert "cancelled" in run("cancel", waiting, "--reason", "by mistake", *served)
+    run("cancel", waiting, "--reason", "x", *served, fails="illegal_transition")
+    assert "duplicate_of" not in run("deletion", "show", request_id, *served)
     run("suspend", "clinic", "--reason", "audit", *served)
     assert world.policy_status("clinic") == "suspended"
 

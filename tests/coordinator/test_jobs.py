@@ -36,7 +36,7 @@ def state(world: World, job_id: str) -> tuple[str, str | None]:
 @on_both("clinic")
 def test_a_silo_has_one_live_job(clinic: World) -> None:
     clinic.queue("clinic")
-    with pytest.raises(JobAlreadyLive):
+    with pytest.raises(JobAlreadyLive, match="has a job already; wait for it, or `seqr coordinator cancel` it"):
         clinic.queue("clinic", "ping")
     clinic.work()
     clinic.queue("clinic", "ping")
