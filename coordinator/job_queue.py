@@ -86,7 +86,9 @@ def enqueue(
         with connection.begin_nested():
             connection.execute(insert(jobs).values(row))
     except IntegrityError:
-        raise JobAlreadyLive(f"silo {silo_id} has a job already; wait for it, or `seqr coordinator cancel` it") from None
+        raise JobAlreadyLive(
+            f"silo {silo_id} has a job already; wait for it, or `seqr coordinator cancel` it"
+        ) from None
     detail = {"job_id": job_id, "silo_id": silo_id, "kind": kind, "request_id": request_id, "plan_id": plan_id}
     outbox.record(connection, actor, "job.queued", detail, reason)
     return job_id
