@@ -55,7 +55,7 @@ class ChatFormat:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(token.text for token in tokens)}
         reason = end.reason
         if self._tools is not None:
-            reader = self._tools.reader()
+            reader = self._tools.reader(self._chat.tool_names)
             text = reader.push(message["content"]) + reader.finish()
             if reader.calls:
                 message |= {"content": text.strip() or None, "tool_calls": [_call(one) for one in reader.calls]}
@@ -79,7 +79,7 @@ class ChatForm:
         self.head = head(asked, "chat.completion.chunk", "chatcmpl")
         self._asked = asked
         self._chat = chat
-        self._readers = [None if tools is None else tools.reader() for _ in asked.requests]
+        self._readers = [None if tools is None else tools.reader(chat.tool_names) for _ in asked.requests]
 
     def opening(self) -> Iterator[Mapping[str, Any]]:
         """The role, once for each choice."""
