@@ -68,38 +68,37 @@ async def events(
     """
     silent = {"usage": None} if include_usage else {}
     ends: list[Piece] = []
-    for choice in form.opening():
-        yield _event({**form.head, "choices": [choice], **silent})
-    piece = first
-    while True:
-        if piece is None:
-            try:
-                piece = await answers.get(keep_alive)
-            except TimeoutError:
-                yield KEEP_ALIVE
-                continue
-            except (SeqrError, PolicyError) as error:
-                yield _event(body_of_error(error))
+    try:
+        for choice in form.opening():
+            yield _event({**form.head, "choices": [choice], **silent})
+        piece = first
+        while True:
+            if piece is None:
+                try:
+                    piece = await answers.get(keep_alive)
+                except TimeoutError:
+                    yield KEEP_ALIVE
+                    continue
+            if piece is None:
                 break
-            except Exception:
-                log.exception("a stream ends with an error", extra={"fields": request_record.current().ids})
-                yield _event(server_fault())
+            if piece.failed is not None:
+                yield _event(_failed(piece.failed))
                 break
-        if piece is None:
-            break
-        if piece.failed is not None:
-            yield _event(_failed(piece.failed))
-            break
-        if piece.reason is not None:
-            ends.append(piece)
-        written = [{**form.head, "choices": [choice], **silent} for choice in form.choices(piece)]
-        if len(ends) == answers.count:
-            written[-1] |= form.closing(ends)
-        for body in written:
-            yield _event(body)
-        piece = None
-    if include_usage and len(ends) == answers.count:
-        yield _event({**form.head, "choices": [], "usage": form.usage(ends)})
+            if piece.reason is not None:
+                ends.append(piece)
+            written = [{**form.head, "choices": [choice], **silent} for choice in form.choices(piece)]
+            if len(ends) == answers.count:
+                written[-1] |= form.closing(ends)
+            for body in written:
+                yield _event(body)
+            piece = None
+        if include_usage and len(ends) == answers.count:
+            yield _event({**form.head, "choices": [], "usage": form.usage(ends)})
+    except (SeqrError, PolicyError) as error:
+        yield _event(body_of_error(error))
+    except Exception:
+        log.exception("a stream ends with an error", extra={"fields": request_record.current().ids})
+        yield _event(server_fault())
     yield b"data: [DONE]\n\n"
 
 
