@@ -25,8 +25,11 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]):
         self._vocabulary = vocabulary
-        # A lexer state takes up to 2 kB, and schemas come from users.
-        self._limits = LLParserLimits(max_grammar_size=50_000, max_lexer_states=20_000, verbose_errors=False)
+        # Schemas come from users. A lexer state takes up to 2 kB. The fuel is enough for a hundred fields of any format
+        # or range, not for nested counts as in (a{1000}){50}, which would take a tenth of a second for every token.
+        self._limits = LLParserLimits(
+            max_grammar_size=50_000, max_lexer_states=20_000, initial_lexer_fuel=50_000, verbose_errors=False
+        )
         try:
             self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos))
         except ValueError as error:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,7 +39,9 @@ class CallReader(Protocol):
 class ToolFormat(Protocol):
     """How a family of models writes calls."""
 
-    def reader(self) -> CallReader: ...
+    def reader(self, names: Collection[str]) -> CallReader:
+        """Reads calls of the functions of these names; all else is text."""
+        ...
 
     def grammar(self, functions: Functions) -> str:
         """A Lark grammar of exactly one call of one of ``functions``. Raises GrammarInvalid."""
@@ -58,8 +60,8 @@ class TaggedCalls:
 
     BEGIN, END = "<tool_call>", "</tool_call>"
 
-    def reader(self) -> "TaggedReader":
-        return TaggedReader()
+    def reader(self, names: Collection[str]) -> "TaggedReader":
+        return TaggedReader(names)
 
     def grammar(self, functions: Functions) -> str:
         return f'start: "{self.BEGIN}\\n" call "\\n{self.END}"\n' + _calls(functions, "arguments")
@@ -78,9 +80,11 @@ class TaggedCalls:
 class TaggedReader:
     """See ``CallReader``."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str]) -> None:
         self.calls: list[ToolCall] = []
+        self._names = names
         self._held = ""
+        self._looked = 0  # how far the held call has been searched for its end
         self._after_call = False
 
     def push(self, text: str) -> str:
@@ -88,11 +92,11 @@ class TaggedReader:
         out = ""
         while (begin := self._held.find(TaggedCalls.BEGIN)) >= 0:
             out, self._held = out + self._held[:begin], self._held[begin:]
-            end = self._held.find(TaggedCalls.END)
+            end = self._end()
             if end < 0:
                 return self._between(out)
             whole, self._held = self._held[: end + len(TaggedCalls.END)], self._held[end + len(TaggedCalls.END) :]
-            call = _call(whole[len(TaggedCalls.BEGIN) : end], "arguments")
+            call = self._call(whole[len(TaggedCalls.BEGIN) : end])
             if call is None:
                 out += whole
             else:
@@ -102,6 +106,22 @@ class TaggedReader:
         sure = len(self._held) - beginning(self._held, TaggedCalls.BEGIN)
         out, self._held = out + self._held[:sure], self._held[sure:]
         return self._between(out)
+
+    def _end(self) -> int:
+        """Where the tag stands that ends the call with which ``_held`` begins; -1 while there is none.
+
+        A tag in one of the call's strings is a part of it. Where no call comes of that, the first tag ends the text.
+        """
+        begin = len(TaggedCalls.BEGIN)
+        while (end := self._held.find(TaggedCalls.END, self._looked)) >= 0:
+            self._looked = end + 1
+            if not _ends_in_string(self._held[begin:end]):
+                self._looked = 0
+                return end if self._call(self._held[begin:end]) else self._held.find(TaggedCalls.END)
+        return -1
+
+    def _call(self, text: str) -> ToolCall | None:
+        return _call(text, "arguments", self._names)
 
     def _between(self, out: str) -> str:
         """White space after a call only parts it from what follows."""
@@ -113,7 +133,7 @@ class TaggedReader:
     def finish(self) -> str:
         rest, self._held = self._held, ""
         # Some models leave the end tag to the end of the answer.
-        call = _call(rest.removeprefix(TaggedCalls.BEGIN), "arguments") if rest.startswith(TaggedCalls.BEGIN) else None
+        call = self._call(rest.removeprefix(TaggedCalls.BEGIN)) if rest.startswith(TaggedCalls.BEGIN) else None
         if call is not None:
             self.calls.append(call)
             return ""
@@ -123,8 +143,8 @@ class TaggedReader:
 class BareCalls:
     """An answer that is nothing but ``{"name": ..., "parameters": ...}``, as Llama 3 writes it."""
 
-    def reader(self) -> "BareReader":
-        return BareReader()
+    def reader(self, names: Collection[str]) -> "BareReader":
+        return BareReader(names)
 
     def grammar(self, functions: Functions) -> str:
         return "start: call\n" + _calls(functions, "parameters")
@@ -136,8 +156,9 @@ class BareCalls:
 class BareReader:
     """See ``CallReader``. An answer that does not begin with a brace is text from the first character on."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str]) -> None:
         self.calls: list[ToolCall] = []
+        self._names = names
         self._held: str | None = ""
 
     def push(self, text: str) -> str:
@@ -152,7 +173,7 @@ class BareReader:
 
     def finish(self) -> str:
         held, self._held = self._held or "", None
-        calls = [_call(part, "parameters") for part in _objects(held)]
+        calls = [_call(part, "parameters", self._names) for part in _objects(held)]
         if calls and all(calls):
             self.calls += [call for call in calls if call]
             return ""
@@ -174,21 +195,11 @@ def _calls(functions: Functions, arguments: str) -> str:
     """The rule ``call`` and those that it needs."""
     rules = ["call: " + " | ".join(f"call_{index}" for index in range(len(functions)))]
     for index, (name, schema) in enumerate(functions.items()):
-        call = {
-            "type": "object",
-            "properties": {"name": {"const": name}, arguments: schema or ANY_OBJECT},
-            "required": ["name", arguments],
-            "additionalProperties": False,
-        }
-        rules.append(f"call_{index}: {json_part(_lifted(call, arguments))}")
+        begin = f'{{"name": {json.dumps(name)}, "{arguments}": '
+        rules.append(f'call_{index}: {json.dumps(begin)} arguments_{index} "}}"')
+        # A document of its own, so that its references lead into itself.
+        rules.append(f"arguments_{index}: {json_part(schema or ANY_OBJECT)}")
     return "\n".join(rules) + "\n"
-
-
-def _lifted(call: dict[str, Any], arguments: str) -> dict[str, Any]:
-    """A function's own definitions moved to the root, where its references look for them."""
-    schema = dict(call["properties"][arguments])
-    moved = {key: schema.pop(key) for key in ("$defs", "definitions") if key in schema}
-    return {**call, "properties": {**call["properties"], arguments: schema}, **moved}
 
 
 def _objects(text: str) -> Sequence[str]:
@@ -207,12 +218,34 @@ def _objects(text: str) -> Sequence[str]:
     return found
 
 
-def _call(text: str, arguments: str) -> ToolCall | None:
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is. None if it is none, or holds what JSON in UTF-8 cannot say: NaN, numbers beyond
+    a double, lone surrogates.
+    """
     try:
         document = json.loads(text)
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
-    if not isinstance(document, dict) or not isinstance(document.get("name"), str):
+    return document if isinstance(document, dict) else None
+
+
+def _call(text: str, arguments: str, names: Collection[str]) -> ToolCall | None:
+    document = json_object(text)
+    if document is None:
         return None
-    given = document.get(arguments, {})
-    return ToolCall(document["name"], json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else None
+    name, given = document.get("name"), document.get(arguments, {})
+    if not isinstance(name, str) or name not in names or not isinstance(given, dict):
+        return None
+    return ToolCall(name, json.dumps(given, ensure_ascii=False))
+
+
+def _ends_in_string(text: str) -> bool:
+    """Whether ``text`` is the beginning of a JSON document, cut off inside a string."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False

@@ -41,14 +41,14 @@ class ChatFormat(Format):
         super().__init__(asked, ("chat.completion", "chat.completion.chunk"), "chatcmpl")
         self._chat = chat
         self._tools = tool_format(asked.serving, chat) if chat.may_call else None
-        self._readers = [None if self._tools is None else self._tools.reader() for _ in asked.requests]
+        self._readers = [None if self._tools is None else self._tools.reader(chat.tool_names) for _ in asked.requests]
 
     def choice(self, tokens: Sequence[ShownToken], end: Piece) -> Mapping[str, Any]:
         """The message, and what was asked about its tokens."""
         message: dict[str, Any] = {"role": "assistant", "content": "".join(token.text for token in tokens)}
         reason = end.reason
         if self._tools is not None:
-            reader = self._tools.reader()
+            reader = self._tools.reader(self._chat.tool_names)
             text = reader.push(message["content"]) + reader.finish()
             if reader.calls:
                 message |= {"content": text.strip() or None, "tool_calls": [_call(one) for one in reader.calls]}

@@ -1,12 +1,12 @@
 """The body of /v1/chat/completions: conversations, tools and what an answer must look like."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from inference_gateway.api.errors import InvalidValue, UnsupportedParameter
 from inference_gateway.api.schema import SOON, UNSUPPORTED, Body, GenerationBody, Strict
+from inference_gateway.tools import json_object
 
 ROLES = {"developer": "system"}
 CHAT_UNSUPPORTED = UNSUPPORTED | {
@@ -50,7 +50,11 @@ class Message(Strict):
     name: str | None = None
     tool_calls: Annotated[list[ToolCallMade], SOON] | None = Field(default=None, max_length=128)
     tool_call_id: str | None = None
+    # The official client sends these along with an answer that it hands back.
     refusal: None = None
+    annotations: Annotated[list[Any], SOON] | None = Field(default=None, max_length=0)
+    audio: None = None
+    function_call: None = None
 
     def turn(self) -> dict[str, Any]:
         """The message as chat templates take it. Raises InvalidValue."""
@@ -70,12 +74,9 @@ class Message(Strict):
 
 
 def _for_template(function: CalledFunction) -> dict[str, Any]:
-    try:
-        arguments = json.loads(function.arguments)
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidValue(f"the arguments of the call to {function.name} are not a JSON object", "messages")
+    arguments = json_object(function.arguments)
+    if arguments is None:
+        raise InvalidValue(f"the arguments of the call to {function.name} are not a JSON object in UTF-8", "messages")
     return {"name": function.name, "arguments": arguments}
 
 

@@ -52,10 +52,11 @@ def create_router(oidc: Oidc | None) -> APIRouter:
         )
 
     @router.get("/login")
-    async def login() -> Response:
+    async def login(request: Request) -> Response:
         """Sends the browser to the identity provider."""
         try:
-            address, cookie = await oidc.begin()
+            # The cookie is not sent to the callback, as SameSite=Strict: the log-in remembers its session till then.
+            address, cookie = await oidc.begin(session_cookie(request, settings))
         except IssuerUnreachable as error:
             return to_page(_noted(error))
         response = RedirectResponse(address, 303, headers=HEADERS)
@@ -68,14 +69,14 @@ def create_router(oidc: Oidc | None) -> APIRouter:
         """Takes the identity provider's answer, once, and sends the browser to the page: logged in, or told why not."""
         cookie = sent_cookie(request, settings, "login")
         try:
-            user_id = await oidc.finish(request.query_params, cookie)
+            user_id, replaced = await oidc.finish(request.query_params, cookie)
             await run_in_threadpool(service.permissions.logged_in, user_id)
         except (LoginError, IssuerUnreachable, PolicyError) as error:
             response = to_page(_noted(error))
         else:
             request_record.current().fields["user"] = user_id
             response = to_page()
-            secret = oidc.sessions.open(user_id)
+            secret = oidc.sessions.open(user_id, replaced)
             set_cookie(response, "session", secret, settings.session_hours * 3600, "strict")
         set_cookie(response, "login", "", 0, "lax")
         return response

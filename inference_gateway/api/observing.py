@@ -5,6 +5,8 @@ import re
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_gateway import request_record
@@ -58,6 +60,9 @@ class Observing:
 
         try:
             await self._app(scope, receive, noting)
+        except ClientDisconnect:
+            if not status:  # it left while its body was being read
+                await Response(status_code=499)(scope, receive, noting)
         except Exception:
             if status:  # part of the answer is out: the server must cut the connection
                 record.error_code = "internal_error"

@@ -23,14 +23,16 @@ def chat_prompt(
             turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # noqa: BLE001 - a template comes with a model and may raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise MessagesInvalid(
-            f"the model's chat template refuses these messages: {reason[0]:.200}", "messages"
-        ) from None
+        raise _refusal(error) from None
     ids: list[int] = serving.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if not ids:
         raise MessagesInvalid("the messages are empty", "messages")
     return ids
+
+
+def _refusal(error: Exception) -> MessagesInvalid:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return MessagesInvalid(f"the model's chat template refuses these messages: {reason[0]:.200}", "messages")
 
 
 def text_prompt(serving: Serving, prompt: str | Sequence[int], add_special_tokens: bool = True) -> Sequence[int]:
@@ -52,9 +54,15 @@ def check_tokens(serving: Serving, ids: Sequence[int], param: str) -> None:
 
 
 def tool_format(serving: Serving, chat: Conversation) -> ToolFormat:
-    """How the model writes calls. Raises UnsupportedParameter where its template does not know tools."""
+    """How the model writes calls. Raises UnsupportedParameter where its template does not know tools, and
+    MessagesInvalid where there is no template.
+    """
     tokenizer: Any = serving.tokenizer
-    found = format_of(tokenizer.get_chat_template(tools=[{}]))
+    try:
+        template = tokenizer.get_chat_template(tools=[{}])
+    except ValueError as error:
+        raise _refusal(error) from None
+    found = format_of(template)
     if found is None:
         raise UnsupportedParameter(
             "tools are not supported: the chat template of this model does not know them, or not in a way that "

@@ -46,38 +46,37 @@ async def events(
     """
     silent = {"usage": None} if include_usage else {}
     ends: list[Piece] = []
-    for choice in written.opening():
-        yield _event({**written.event(choice), **silent})
-    piece = first
-    while True:
-        if piece is None:
-            try:
-                piece = await answers.get(keep_alive)
-            except TimeoutError:
-                yield KEEP_ALIVE
-                continue
-            except (SeqrError, PolicyError) as error:
-                yield _event(body_of_error(error))
+    try:
+        for choice in written.opening():
+            yield _event({**written.event(choice), **silent})
+        piece = first
+        while True:
+            if piece is None:
+                try:
+                    piece = await answers.get(keep_alive)
+                except TimeoutError:
+                    yield KEEP_ALIVE
+                    continue
+            if piece is None:
                 break
-            except Exception:
-                log.exception("a stream ends with an error", extra={"fields": request_record.current().ids})
-                yield _event(server_fault())
+            if piece.failed is not None:
+                yield _event(_failed(piece.failed))
                 break
-        if piece is None:
-            break
-        if piece.failed is not None:
-            yield _event(_failed(piece.failed))
-            break
-        if piece.reason is not None:
-            ends.append(piece)
-        bodies = [{**written.event(choice), **silent} for choice in written.parts(piece)]
-        if len(ends) == answers.count:
-            bodies[-1] |= written.closing(ends)
-        for body in bodies:
-            yield _event(body)
-        piece = None
-    if include_usage and len(ends) == answers.count:
-        yield _event({**written.event(), "usage": written.usage(ends)})
+            if piece.reason is not None:
+                ends.append(piece)
+            bodies = [{**written.event(choice), **silent} for choice in written.parts(piece)]
+            if len(ends) == answers.count:
+                bodies[-1] |= written.closing(ends)
+            for body in bodies:
+                yield _event(body)
+            piece = None
+        if include_usage and len(ends) == answers.count:
+            yield _event({**written.event(), "usage": written.usage(ends)})
+    except (SeqrError, PolicyError) as error:
+        yield _event(body_of_error(error))
+    except Exception:
+        log.exception("a stream ends with an error", extra={"fields": request_record.current().ids})
+        yield _event(server_fault())
     yield b"data: [DONE]\n\n"
 
 

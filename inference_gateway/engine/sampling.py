@@ -10,6 +10,8 @@ from inference_gateway.engine.base import Sampling, TokenLogprobs
 
 # Below this temperature the likeliest token is taken: dividing by less overflows.
 GREEDY_BELOW = 1e-5
+# A repetition penalty near 0 may take a logit beyond all numbers; this one can still be divided by a temperature.
+LARGEST_LOGIT = 1e300
 # How many of the likeliest tokens are sorted first; nearly always they hold all that top_k, min_p and top_p leave.
 SORTED_FIRST = 1024
 
@@ -72,7 +74,8 @@ class Sampler:
         if asked.repetition_penalty != 1.0:
             seen = torch.tensor(sorted(self._repeated.union(self._counts)), dtype=torch.long)
             values = row[seen]
-            row[seen] = torch.where(values > 0, values / asked.repetition_penalty, values * asked.repetition_penalty)
+            scaled = torch.where(values > 0, values / asked.repetition_penalty, values * asked.repetition_penalty)
+            row[seen] = scaled.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
         if self._counts and (asked.presence_penalty or asked.frequency_penalty):
             ids = torch.tensor(list(self._counts), dtype=torch.long)
             times = torch.tensor(list(self._counts.values()), dtype=row.dtype)

@@ -43,10 +43,12 @@ class Oidc:
         claims = await self._verified(token, self.settings.audience or self.settings.client_id)
         return tokens.user_of(claims, self.settings.user_claim), tokens.end_of(claims)
 
-    async def begin(self) -> tuple[str, str]:
-        """The address to send the browser to, and the cookie that it must come back with. Raises IssuerUnreachable."""
+    async def begin(self, session: str | None) -> tuple[str, str]:
+        """The address to send the browser to, and the cookie that it must come back with. ``session``: the secret of
+        the session that the browser has, which the new one takes the place of. Raises IssuerUnreachable.
+        """
         metadata, settings = await self._issuer.metadata(), self.settings
-        pending, cookie = self._pending.begin()
+        pending, cookie = self._pending.begin(self.sessions.name_of(session) if session else None)
         asked = {
             "response_type": "code",
             "client_id": settings.client_id,
@@ -59,8 +61,9 @@ class Oidc:
         }
         return str(httpx.URL(metadata.authorization_endpoint).copy_merge_params(asked)), cookie
 
-    async def finish(self, answer: Mapping[str, str], cookie: str | None) -> str:
-        """The user who comes back with ``answer``, the parameters of the identity provider's redirect.
+    async def finish(self, answer: Mapping[str, str], cookie: str | None) -> tuple[str, str | None]:
+        """The user who comes back with ``answer``, the parameters of the identity provider's redirect, and the name of
+        the session that the browser had when it began.
 
         Raises LoginError, IssuerUnreachable.
         """
@@ -74,7 +77,7 @@ class Oidc:
             raise LoginError("the identity provider sent no code; log in again")
         token = await self._issuer.redeem(answer["code"], pending.verifier, self.settings.redirect_uri)
         claims = await self._verified(token, self.settings.client_id, pending.nonce)
-        return tokens.user_of(claims, self.settings.user_claim)
+        return tokens.user_of(claims, self.settings.user_claim), pending.replaces
 
     async def _verified(self, token: str, audience: str, nonce: str | None = None) -> dict[str, Any]:
         header = tokens.header_of(token, self.settings.algorithms)

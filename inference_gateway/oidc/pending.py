@@ -21,11 +21,15 @@ MAX_USED = 10_000
 
 @dataclass(frozen=True)
 class Pending:
-    """What one log-in must come back with. ``verifier``: PKCE's secret (RFC 7636)."""
+    """What one log-in must come back with. ``verifier``: PKCE's secret (RFC 7636).
+
+    ``replaces``: the name in ``Sessions`` of the browser's session so far, if it has one.
+    """
 
     state: str
     nonce: str
     verifier: str
+    replaces: str | None = None
 
     @property
     def challenge(self) -> str:
@@ -42,10 +46,11 @@ class PendingLogins:
         self._box = Fernet(Fernet.generate_key())
         self._used: dict[str, float] = {}
 
-    def begin(self) -> tuple[Pending, str]:
+    def begin(self, replaces: str | None = None) -> tuple[Pending, str]:
         """A new log-in, and the value of the cookie that binds it to a browser."""
-        pending = Pending(*(secrets.token_urlsafe(32) for _ in range(3)))
-        content = json.dumps([pending.state, pending.nonce, pending.verifier]).encode()
+        state, nonce, verifier = (secrets.token_urlsafe(32) for _ in range(3))
+        pending = Pending(state, nonce, verifier, replaces)
+        content = json.dumps([pending.state, pending.nonce, pending.verifier, pending.replaces]).encode()
         return pending, self._box.encrypt_at_time(content, int(self._clock())).decode("ascii")
 
     def finish(self, cookie: str | None, state: str | None) -> Pending:

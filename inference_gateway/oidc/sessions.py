@@ -26,9 +26,10 @@ class Sessions:
         self._clock = clock
         self._open: dict[str, Session] = {}
 
-    def open(self, user_id: str) -> str:
-        """A new session; returns its secret, 256 random bits, which is not kept."""
+    def open(self, user_id: str, replaces: str | None = None) -> str:
+        """A new session; returns its secret, 256 random bits, which is not kept. The one named ``replaces`` ends."""
         now = self._clock()
+        self._open.pop(replaces or "", None)
         mine = [key for key, one in self._open.items() if one.user_id == user_id]
         for key in mine[: max(0, len(mine) + 1 - MAX_OF_ONE_USER)]:
             del self._open[key]

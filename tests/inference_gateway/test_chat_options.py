@@ -96,6 +96,25 @@ def test_penalties_change_an_answer_that_repeats_itself(running: Running, penalt
     assert text_of(ask(running, "alice", max_tokens=60, **penalty)) != plain
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-308, 1e-300, 10.0])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.5}])
+def test_the_smallest_and_the_largest_repetition_penalty_are_answered(
+    running: Running, penalty: float, cut: dict[str, Any]
+) -> None:
+    for temperature in (0, 1e-5, 2):
+        body = {"repetition_penalty": penalty, **cut}
+        answer = ask(running, "alice", temperature=temperature, seed=1, max_tokens=12, extra_body=body)
+        assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("penalty", "message"), [(0, "Input should be greater than 0"), (10.1, "Input should be less than or equal to 10")]
+)
+def test_a_repetition_penalty_beyond_its_ends_is_refused(running: Running, penalty: float, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"repetition_penalty: {message}"):
+        ask(running, "alice", extra_body={"repetition_penalty": penalty})
+
+
 @pytest.mark.parametrize("cut", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 0.0}])
 def test_a_cut_to_one_token_makes_any_temperature_greedy(running: Running, cut: dict[str, Any]) -> None:
     hot = ask(running, "alice", temperature=2, max_tokens=12, extra_body=cut)
@@ -205,3 +224,35 @@ def test_a_schema_that_cannot_be_kept_to_is_refused_with_the_reason(
         ask(running, "alice", response_format=shape)
     assert refused.value.code == "invalid_value" and refused.value.param == "response_format.json_schema.schema"
     assert reason in refused.value.body["message"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("pattern", ["^(a{1000}){50}$", "^((ab){1000}){20}$"])
+def test_a_pattern_that_makes_every_token_slow_is_refused(running: Running, pattern: str, stream: bool) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="the answer's grammar cannot be followed") as refused:
+        ask(running, "alice", response_format=shape, stream=stream)
+    assert refused.value.code == "grammar_too_complex"
+
+
+FORMATS = ("date-time", "date", "time", "email", "uri", "uuid", "ipv4", "ipv6")
+NESTED: dict[str, Any] = {"type": "integer"}
+for _ in range(20):
+    NESTED = {"type": "object", "properties": {"n": {"type": "string"}, "inner": NESTED}, "required": ["n", "inner"]}
+ORDINARY: dict[str, list[dict[str, Any]]] = {
+    "nested objects": [NESTED],
+    "enums of 200": [{"enum": [f"{word} {number}" for number in range(200)]} for word in ("value", "option", "kind")],
+    "long strings": [{"type": "string", "maxLength": longest} for longest in (200, 4000, 20_000)],
+    "formats": [{"type": "string", "format": name} for name in FORMATS * 10],
+    "ranges": [{"type": "integer", "minimum": -number * 1007, "maximum": 10**9 + number} for number in range(80)],
+    "patterns": [{"type": "string", "pattern": f"^[A-Za-z0-9_.-]{{1,{longest}}}$"} for longest in range(100, 200)],
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_schemas_are_far_from_the_grammars_limits(running: Running, name: str) -> None:
+    fields = {f"f{index}": schema for index, schema in enumerate(ORDINARY[name])}
+    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert text_of(ask(running, "alice", response_format=shape, max_tokens=20, temperature=1, seed=1)).startswith("{")

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from schemathesis import Case, GenerationMode, openapi
 from schemathesis.core.result import Ok
 
 from inference_gateway.api.openapi import schema
-from tests.inference_gateway.conftest import Running, World
+from tests.inference_gateway.conftest import Running, World, wait_until
 from tests.inference_gateway.test_isolation_http import PUBLIC
 
 EXAMPLES = int(os.environ.get("SEQR_FUZZ_EXAMPLES", "30"))
@@ -273,6 +274,22 @@ def test_a_body_that_trickles_in_takes_no_place_from_the_others(running: Running
     finally:
         for connection in connections:
             connection.close()
+
+
+def test_a_client_that_leaves_with_its_body_half_sent_is_499_and_no_defect(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def left() -> float:
+        labels = {"route": CHAT, "method": "POST", "status": "499"}
+        return running.service.metrics.registry.get_sample_value("seqr_http_responses_total", labels) or 0.0
+
+    before = left()
+    port = int(running.url.rpartition(":")[2])
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{key(running)}Content-Length: 1000\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(head + b'{"model"')
+    wait_until(lambda: left() == before + 1)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_body_that_takes_too_long_is_408_and_the_connection_is_closed(

@@ -91,6 +91,35 @@ def test_the_python_clients_stream_helper_puts_an_answer_together(calling: Runni
     assert call.function.name == "weather" and json.loads(call.function.arguments)["place"] in ("Oslo", "Rome")
 
 
+def test_an_answer_can_be_handed_back_as_the_python_client_dumps_it(running: Running, calling: Running) -> None:
+    question: Any = {"role": "user", "content": "What is the weather?"}
+    first = ask(running, "alice", messages=[question], max_tokens=3).choices[0].message
+    assert "annotations" in first.model_dump()  # with nothing in it
+    again = ask(running, "alice", messages=[question, first.model_dump(), question], max_tokens=3)
+    as_object = ask(running, "alice", messages=[question, first, question], max_tokens=3)
+    assert again.usage == as_object.usage
+
+    tools: Any = {"tools": [WEATHER], "max_tokens": 120}
+    called = ask(calling, "alice", messages=[question], tool_choice="required", **tools).choices[0].message
+    (call,) = called.tool_calls
+    result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+    assert ask(calling, "alice", messages=[question, called.model_dump(), result], **tools).choices
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"annotations": [{"type": "url_citation"}]}, "messages.0.annotations: List should have at most 0 items"),
+        ({"audio": {"id": "x"}}, "messages.0.audio: Input should be None"),
+        ({"refusal": "no"}, "messages.0.refusal: Input should be None"),
+        ({"function_call": {"name": "f"}}, "functions are not supported by this gateway; use tools"),
+    ],
+)
+def test_what_an_answer_here_never_has_is_refused_by_name(running: Running, given: Any, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(running, "alice", messages=[{"role": "assistant", "content": "x", **given}])
+
+
 def test_the_python_client_reads_raw_headers(running: Running) -> None:
     raw = running.openai("alice").chat.completions.with_raw_response.create(
         model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=1

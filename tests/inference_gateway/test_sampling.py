@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference_gateway.engine import sampling as engine_sampling
 from inference_gateway.engine.base import Sampling
-from inference_gateway.engine.sampling import Sampler, logprobs_of, sampler_of
+from inference_gateway.engine.sampling import GREEDY_BELOW, Sampler, logprobs_of, sampler_of
 from tests.inference_gateway.sampling_reference import adjusted, distribution, softmax
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
@@ -187,6 +187,20 @@ def test_no_alternatives_are_told_when_none_are_asked_for() -> None:
 
 def test_a_temperature_next_to_nothing_is_greedy() -> None:
     assert Counter(Sampler(Sampling(1e-300, seed=1)).next(LOGITS) for _ in range(20)) == {0: 20}
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-308])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.5}])
+def test_a_repetition_penalty_next_to_nothing_leaves_only_likely_tokens_that_were_seen(
+    penalty: float, cut: dict[str, Any]
+) -> None:
+    for temperature in (GREEDY_BELOW, 1.0, 2.0):
+        sampler = Sampler(
+            Sampling(temperature=temperature, repetition_penalty=penalty, seed=3, **cut), prompt=(1, 2, 3)
+        )
+        assert sampler.next(LOGITS) == 1  # the only one of the prompt's with a logit above 0
+    greedy = sampler_of(Sampling(repetition_penalty=penalty), (1, 2, 3))
+    assert greedy is not None and greedy.next(LOGITS) == 1
 
 
 def test_logits_stay_as_they_were() -> None:

@@ -15,7 +15,16 @@ import pytest
 
 from inference_gateway.api.answering import Answers, Piece
 from inference_gateway.api.errors import InvalidValue
-from inference_gateway.engine.base import Event, Failed, Finished, GenerationRequest, Shares, Tokens, TokenShares
+from inference_gateway.engine.base import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Shares,
+    TokenLogprobs,
+    Tokens,
+    TokenShares,
+)
 from inference_gateway.errors import EngineStopped, QueueTimeout, RateLimited
 from policy.errors import Unavailable
 from seqr.plan import Plan
@@ -183,6 +192,22 @@ def test_an_error_event_has_the_type_parameter_and_code_of_its_cause(
     with scripted(own, breaks):
         event = bodies(lines_of(own)[1])[-1]["error"]
     assert (event["type"], event["param"], event["code"]) == told
+
+
+def test_what_cannot_be_written_into_a_stream_is_an_event_and_no_cut_connection(
+    own: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def strange(_request: GenerationRequest) -> AsyncGenerator[Event]:
+        yield Tokens((65,), logprobs=(TokenLogprobs(-0.5, ((2**40, -0.5),)),))  # which is no token
+        yield Finished("stop")
+
+    with scripted(own, strange):
+        status, lines = lines_of(own, logprobs=True, top_logprobs=1)
+    assert status == 200 and lines[-1] == "data: [DONE]"
+    assert bodies(lines)[-1]["error"]["code"] == "internal_error"
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == [
+        "a stream ends with an error"
+    ]
 
 
 def test_the_openai_client_raises_on_a_failure_in_the_middle(own: Running) -> None:

@@ -98,11 +98,22 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
         ("<tool_call>not json</tool_call>", "<tool_call>not json</tool_call>", 0),
         ('<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', 0),
         ("<tool_call>{", "<tool_call>{", 0),
+        (f'<tool_call>{{"name": "f</tool_call> {CALL}', '<tool_call>{"name": "f</tool_call> ', 1),
+        ('<tool_call>{"name": "f</tool_call> so', '<tool_call>{"name": "f</tool_call> so', 0),
     ],
 )
 def test_tagged_calls_are_read_however_the_text_is_cut(text: str, shown: str, calls: int, seed: int) -> None:
-    out, found = pushed(TaggedCalls().reader(), text, seed)
+    out, found = pushed(TaggedCalls().reader(["f"]), text, seed)
     assert (out, found) == (shown, [ToolCall("f", '{"a": 1}')] * calls)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_end_tag_in_a_string_of_a_call_is_a_part_of_it(seed: int) -> None:
+    arguments = '{"a": "x </tool_call> \\"y</tool_call>", "b": "</tool_call>"}'
+    call = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    out, found = pushed(TaggedCalls().reader(["f"]), f"{call}{CALL}{call} done", seed)
+    assert out == "done"
+    assert found == [ToolCall("f", arguments), ToolCall("f", '{"a": 1}'), ToolCall("f", arguments)]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -120,7 +131,7 @@ def test_tagged_calls_are_read_however_the_text_is_cut(text: str, shown: str, ca
     ],
 )
 def test_bare_calls_are_read_however_the_text_is_cut(text: str, shown: str, calls: int, seed: int) -> None:
-    out, found = pushed(BareCalls().reader(), text, seed)
+    out, found = pushed(BareCalls().reader(["f"]), text, seed)
     assert (out, found) == (shown, [ToolCall("f", '{"a": 1}')] * calls)
 
 
@@ -184,6 +195,36 @@ def test_an_answer_without_calls_stays_text(tagged: Running) -> None:
     assert choice.message.tool_calls is None and choice.finish_reason == "stop"
 
 
+NO_CALLS = {
+    "a name that is none of the tools": '{"name": "nothing", ARGUMENTS: {}}',
+    "a name that no function may have": '{"name": "a b/c", ARGUMENTS: {}}',
+    "a name that is no text": '{"name": "\\ud800", ARGUMENTS: {}}',
+    "half a character": '{"name": "clock", ARGUMENTS: {"a": "\\ud800"}}',
+    "half a character in a key": '{"name": "clock", ARGUMENTS: {"\\udfff": 1}}',
+    "NaN": '{"name": "clock", ARGUMENTS: {"a": NaN}}',
+    "an infinity": '{"name": "clock", ARGUMENTS: {"a": -Infinity}}',
+    "a number beyond a double": '{"name": "clock", ARGUMENTS: {"a": 1e999}}',
+}
+
+
+@pytest.mark.parametrize("what", NO_CALLS)
+@pytest.mark.parametrize("template", [TAGGED, BARE], ids=["tagged", "bare"])
+def test_what_is_no_call_of_a_tool_in_json_stays_text_plain_and_streamed(
+    own: Running, template: str, what: str
+) -> None:
+    own.service.serving.tokenizer.chat_template = template
+    name, (begin, end) = (
+        ('"arguments"', ("<tool_call>", "</tool_call>")) if template == TAGGED else ('"parameters"', "  ")
+    )
+    text = begin + NO_CALLS[what].replace("ARGUMENTS", name) + end
+    with scripted(own, says(own, text)):
+        choice = ask(own).choices[0]
+        chunks = [chunk.choices[0] for chunk in ask(own, stream=True)]
+    assert choice.message.content == text and choice.message.tool_calls is None and choice.finish_reason == "stop"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == text and chunks[-1].finish_reason == "stop"
+    assert not any(chunk.delta.tool_calls for chunk in chunks)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("template", [TAGGED, BARE], ids=["tagged", "bare"])
 def test_a_required_call_is_a_call_that_fits_its_schema(own: Running, template: str, seed: int) -> None:
@@ -216,6 +257,30 @@ def test_references_of_a_functions_schema_are_its_own(tagged: Running) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     (call,) = ask(tagged, tools=[tool], tool_choice="required", seed=2, temperature=1).choices[0].message.tool_calls
     assert 3 <= json.loads(call.function.arguments)["a"] <= 5
+
+
+@pytest.mark.parametrize("template", [TAGGED, BARE], ids=["tagged", "bare"])
+@pytest.mark.parametrize("reference", ["#/properties/a", "#"])
+def test_references_into_a_functions_schema_begin_at_its_root(own: Running, template: str, reference: str) -> None:
+    own.service.serving.tokenizer.chat_template = template
+    small = {"type": "integer", "minimum": 3, "maximum": 5}
+    parameters = {
+        "type": "object",
+        "properties": {"a": small, "b": {"anyOf": [{"$ref": reference}, {"const": 0}]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    found = set()
+    for seed in range(8):
+        answer = ask(own, tools=[tool], tool_choice="required", seed=seed, temperature=1.5)
+        (call,) = answer.choices[0].message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert list(arguments) == ["a", "b"] and 3 <= arguments["a"] <= 5
+        found.add(type(arguments["b"]))
+        inner = arguments["b"] if reference == "#" else {"a": arguments["b"]}
+        assert arguments["b"] == 0 or 3 <= inner["a"] <= 5
+    assert (dict if reference == "#" else int) in found
 
 
 def test_a_strict_function_binds_calls_in_free_text(tagged: Running) -> None:
@@ -274,8 +339,36 @@ def test_tools_that_make_no_sense_are_refused(tagged: Running, options: dict[str
         ask(tagged, **options)
 
 
-@pytest.mark.parametrize("arguments", ["{", "[]", '"x"', ""])
+@pytest.mark.parametrize(
+    "arguments", ["{", "[]", '"x"', "", '{"a": "\\ud800"}', '{"\\udfff": 1}', '{"a": NaN}', '{"a": 1e999}']
+)
 def test_arguments_of_earlier_calls_must_be_objects(tagged: Running, arguments: str) -> None:
     called = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": arguments}}
-    with pytest.raises(openai.BadRequestError, match="arguments of the call to clock are not a JSON object"):
-        ask(tagged, messages=[{"role": "assistant", "tool_calls": [called]}])
+    messages = [{"role": "assistant", "tool_calls": [called]}]
+    said = "the arguments of the call to clock are not a JSON object in UTF-8"
+    with pytest.raises(openai.BadRequestError, match=said) as refused:
+        ask(tagged, messages=messages)
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "messages")
+    tokenized = tagged.http("alice").post("/tokenize", json={"messages": messages})
+    assert (tokenized.status_code, tokenized.json()["error"]["message"]) == (400, said)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {},
+        {"tools": [CLOCK]},
+        {"messages": [*QUESTION, {"role": "tool", "tool_call_id": "call_1", "content": "noon"}]},
+    ],
+    ids=["nothing", "tools", "a result"],
+)
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/tokenize"])
+def test_a_model_without_a_chat_template_refuses_messages_with_and_without_tools(
+    own: Running, route: str, asks: dict[str, Any]
+) -> None:
+    own.service.serving.tokenizer.chat_template = None
+    response = own.http("alice").post(route, json={"model": MODEL, "messages": QUESTION} | asks)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "messages_invalid", "messages")
+    assert error["message"].startswith("the model's chat template refuses these messages: ")
+    assert "tokenizer.chat_template is not set" in error["message"]

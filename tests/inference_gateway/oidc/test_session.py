@@ -131,6 +131,28 @@ def test_a_session_ends_at_the_log_out_even_for_who_kept_the_cookie(house: Runni
         assert other.models().status_code == 200
 
 
+def test_a_second_log_in_of_a_browser_ends_its_first_session(house: Running) -> None:
+    with Browser(house.url) as browser, Browser(house.url) as kept, Browser(house.url) as other:
+        other.log_in()
+        kept.http.cookies.set("seqr-session", browser.log_in().session)
+        address = browser.begin()
+        assert kept.models().status_code == 200  # until somebody is logged in
+        strict = browser.http.cookies.get("seqr-session")
+        browser.http.cookies.delete("seqr-session")  # which a browser does not send after a visit to another site
+        assert browser.come_back(address) == "/" and browser.session != strict
+        assert error_of(kept.models())[:2] == (401, "session_ended")
+        assert browser.models().status_code == other.models().status_code == 200
+        browser.http.post("/auth/logout", headers=OWN_PAGE)
+        assert error_of(browser.models())[:2] == (401, "key_missing")
+
+
+def test_a_log_in_that_fails_leaves_the_session_as_it_is(house: Running, provider: Provider) -> None:
+    with Browser(house.url) as browser:
+        browser.log_in()
+        assert browser.come_back(browser.begin().partition("&code=")[0]) == "/#login=login_failed"
+        assert browser.models().status_code == 200
+
+
 def test_a_log_out_ends_what_is_being_written_for_its_session_and_nothing_else(house: Running) -> None:
     long = BODY | {"stream": True, "max_tokens": 400}
     with Browser(house.url) as browser, Browser(house.url) as other:
