@@ -92,7 +92,7 @@ class Service:
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics)
         self.metrics.watch(self)
-        self.turns = Turns()
+        self.turns = Turns(self.metrics)
         self._serving: Serving | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: SeqrError | None = None

@@ -85,6 +85,8 @@ class Settings(FileSettings):
     max_connections: int = Field(default=800, ge=1)
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     max_body_seconds: float = Field(default=30.0, gt=0)
+    # A client that has something to read and takes none of it for this long loses its connection.
+    send_timeout_seconds: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.5, gt=0)
     # Whether the page at / is there.
     playground: bool = True

@@ -26,7 +26,8 @@ Model = TypeVar("Model", bound=BaseModel)
 def body_of(model: type[Model]) -> Callable[..., Awaitable[Model]]:
     """A dependency that reads a body of this kind.
 
-    It raises InvalidJson, BodyTooLarge, UnsupportedParameter, InvalidValue, or RequestValidationError naming a field.
+    It raises Overloaded, InvalidJson, BodyTooLarge, UnsupportedParameter, InvalidValue, or RequestValidationError
+    naming a field.
     """
 
     async def read(request: Request, service: ServiceDep, caller: Caller) -> Model:
@@ -36,11 +37,20 @@ def body_of(model: type[Model]) -> Callable[..., Awaitable[Model]]:
 
 
 async def reading(request: Request, service: Service, caller: Principal, check: Callable[[Any], T]) -> T:
-    """The body after ``check``; one that takes long is read in the caller's turn, and others are served meanwhile."""
-    data = await request.body()
-    if len(data) <= SHORT:
-        return check(parse(data))
-    return await service.turns.run(caller.user_id, lambda: check(parse(data)))
+    """The body after ``check``; one that takes long is read in the caller's turn, and others are served meanwhile.
+
+    Raises Overloaded, before anything of it is read, where the caller has too many bodies under way already.
+    """
+    with service.turns.reading(caller.user_id, max(SHORT, _announced(request, service.settings.max_body_bytes))):
+        data = await request.body()
+        if len(data) <= SHORT:
+            return check(parse(data))
+        return await service.turns.run(caller.user_id, lambda: check(parse(data)))
+
+
+def _announced(request: Request, most: int) -> int:
+    """The size of the body in bytes as the headers tell it; ``most`` where they do not."""
+    return most if "transfer-encoding" in request.headers else int(request.headers.get("content-length", 0))
 
 
 def validated(model: type[Model], document: Any) -> Model:
