@@ -174,12 +174,23 @@ def adapt_model(model: nn.Module, plan: Plan, a: Mapping[str, torch.Tensor]) -> 
 
 
 def join_sites(model: nn.Module, plan: Plan) -> None:
-    """Let the modules of an adapted ``model`` that read the same x be routed together. Runs the base model once."""
+    """Let the modules of an adapted ``model`` that read the same x be routed together. Runs the base model once.
+
+    Raises ``ModelMismatch`` for a model that is not adapted.
+    """
     for first, count in find_sites(model, plan):
-        parts = [cast(RoutedLinear, model.get_submodule(spec.name)) for spec in plan.modules[first : first + count]]
+        parts = [adapted(model, spec.name) for spec in plan.modules[first : first + count]]
         site = Site([part.a for part in parts], first)
         for part in parts:
             part.site = site
+
+
+def adapted(model: nn.Module, name: str) -> RoutedLinear:
+    """The module that ``adapt_model`` has put there; raises ``ModelMismatch`` for another one."""
+    module = model.get_submodule(name)
+    if not isinstance(module, RoutedLinear):
+        raise ModelMismatch(f"module {name} must be adapted first, got {type(module).__name__}")
+    return module
 
 
 def find_sites(model: nn.Module, plan: Plan) -> tuple[tuple[int, int], ...]:

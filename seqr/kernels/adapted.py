@@ -10,7 +10,7 @@ from seqr.kernels.step import has_step
 from seqr.kernels.tables import SiteTables
 from seqr.library import Library
 from seqr.plan import Plan
-from seqr.routed_linear import RoutedLinear, find_sites
+from seqr.routed_linear import RoutedLinear, adapted, find_sites
 
 
 class SwitchedLinear(nn.Module):
@@ -44,7 +44,7 @@ class AdaptedSites:
         names = [spec.name for spec in plan.modules]
         sites = find_sites(model, plan)
         for site, (first, count) in enumerate(sites):
-            linears = [_routed(model, name) for name in names[first : first + count]]
+            linears = [adapted(model, name) for name in names[first : first + count]]
             together = RoutedSite([one.base for one in linears], [one.a for one in linears], site, first)
             for name, linear, part in zip(names[first : first + count], linears, together.parts(), strict=True):
                 parent, _, child = name.rpartition(".")
@@ -59,10 +59,3 @@ class AdaptedSites:
             outputs = [spec.out_features for spec in self.plan.modules[first : first + count]]
             made.append(SiteTables.of_stacks(library.stacks[first : first + count], outputs, self.dtype))
         return tuple(made)
-
-
-def _routed(model: nn.Module, name: str) -> RoutedLinear:
-    module = model.get_submodule(name)
-    if not isinstance(module, RoutedLinear):
-        raise TypeError(f"module {name} must be adapted first, got {type(module).__name__}")
-    return module

@@ -19,6 +19,8 @@ from inference_gateway.errors import EngineIncompatible, EngineStopped
 from seqr.logs import adopt
 from seqr.models import load_base_model
 from seqr.plan import Plan
+from seqr.routed_linear import adapt_model
+from seqr.shared_a import verify_a
 from tests.inference_gateway.support import OpenGuard, ask, build_engine, prompts, resident, run
 
 # Everything private that ``batching_edge`` relies on, as (owner, name, parameters that must exist).
@@ -75,6 +77,7 @@ def test_another_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_with_sliding_windows_is_refused_by_name(model_dir: Path, plan: Plan) -> None:
     model, _ = load_base_model(model_dir, torch.float32, "sdpa")
+    adapt_model(model, plan, verify_a(plan))
     model.config.sliding_window = 64
     with pytest.raises(EngineIncompatible, match="sliding_attention"):
         TransformersEngine(model, plan, OpenGuard(), [2])

@@ -135,6 +135,8 @@ def test_limits_and_json_logs_are_set_in_the_toml(
     try:
         wait_until(lambda: ready(url), 120)
         answers = [httpx.post(f"{url}/v1/chat/completions", json=BODY, headers=headers, timeout=30) for _ in range(3)]
+        process.terminate()  # a request's line is written after its answer
+        process.wait(60)
     finally:
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from seqr.library import Library, PermissionRows
-from seqr.routed_linear import adapt_model, find_sites, join_sites
+from seqr.routed_linear import ModelMismatch, adapt_model, find_sites, join_sites
 from seqr.routing.evidence import EvidenceState, Standing
 from seqr.step import MODES, Segment, StepContext, StepMismatch, reset_context, running, set_context
 from tests.seqr.strategies import shared_a, toy_library, toy_plan
@@ -51,6 +51,11 @@ def layer(joined: bool) -> Layer:
 def test_the_sites_are_the_modules_that_read_the_same_tensor() -> None:
     assert find_sites(layer(joined=False), PLAN) == ((0, 3), (3, 1), (4, 2))
     assert find_sites(layer(joined=True), PLAN) == ((0, 3), (3, 1), (4, 2))
+
+
+def test_a_model_that_is_not_adapted_has_no_sites() -> None:
+    with pytest.raises(ModelMismatch, match="module q must be adapted first, got Linear"):
+        join_sites(Layer(), PLAN)
 
 
 def test_a_module_that_is_called_twice_is_a_site_of_its_own() -> None:

@@ -101,7 +101,10 @@ async def _serve(pipe: Connection, name: str, build: Build, args: tuple[Any, ...
         built = await build(*args)
         pipe.send(None)
         while True:
-            method, given = pipe.recv()
+            try:
+                method, given = pipe.recv()
+            except EOFError:  # the parent has gone
+                return
             pipe.send(await getattr(built, method)(*given))
     except SeqrError as error:
         pipe.send(error)
