@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seqr.files import write_private
+
 if TYPE_CHECKING:
     from coordinator.demo.federation import Federation
     from coordinator.demo.story import Story
@@ -82,12 +84,23 @@ def _keep(story: "Story", federation: "Federation") -> None:
     key = federation.new_key("alice", "chat")
     url = federation.world.gateway_url
     story.chapter("The services keep running until Ctrl-C")
-    story.say(f"Gateway:     {url}/v1        (alice's key: {key})")
-    story.say(f"Playground:  {url}/       (log in with the same key)")
-    story.say(f"Coordinator: {federation.world.coordinator_url}  (admin's key: {federation.admin_key})")
-    story.say(
+    key_file = federation.world.root / "admin.key"
+    write_private(key_file, federation.admin_key.encode())
+    policy = federation.world.coordinator
+    story.say("An analyst: log in to the playground with this key, or ask from a shell.")
+    story.verbatim(f"{url}/\n{key}")
+    story.verbatim(
         f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' "
         f"""-d '{{"model": "{federation.model.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+    )
+    story.say("An admin, who is privacy officer here, too: seqr coordinator silos, … deletion list; seqr policy …")
+    story.verbatim(
+        f"export SEQR_COORDINATOR_URL={federation.world.coordinator_url} SEQR_COORDINATOR_KEY_FILE={key_file} "
+        f"SEQR_COORDINATOR_CA_FILE={federation.ca_file}"
+    )
+    story.verbatim(
+        f"export SEQR_POLICY_DATABASE_URL=sqlite:///{policy / 'policy.db'} "
+        f"SEQR_POLICY_PEPPER_FILE={policy / 'policy.pepper'} SEQR_POLICY_ACTOR=ada"
     )
     try:
         while True:

@@ -25,6 +25,10 @@ class Story:
         """One sentence or two."""
         self._console.print(text, soft_wrap=False, markup=False)
 
+    def verbatim(self, text: str) -> None:
+        """Something to be copied: never broken into lines."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
     def quote(self, who: str, text: str) -> None:
         """What somebody asked or was answered."""
         self._console.print(f"  {who + ':':<10} {' '.join(text.split())}", markup=False)
