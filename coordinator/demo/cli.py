@@ -86,7 +86,7 @@ def _keep(story: "Story", federation: "Federation") -> None:
     story.chapter("The services keep running until Ctrl-C")
     key_file = federation.world.root / "admin.key"
     write_private(key_file, federation.admin_key.encode())
-    policy = federation.world.coordinator
+    folder = federation.world.coordinator
     story.say("An analyst: log in to the playground with this key, or ask from a shell.")
     story.verbatim(f"{url}/\n{key}")
     story.verbatim(
@@ -99,8 +99,8 @@ def _keep(story: "Story", federation: "Federation") -> None:
         f"SEQR_COORDINATOR_CA_FILE={federation.ca_file}"
     )
     story.verbatim(
-        f"export SEQR_POLICY_DATABASE_URL=sqlite:///{policy / 'policy.db'} "
-        f"SEQR_POLICY_PEPPER_FILE={policy / 'policy.pepper'} SEQR_POLICY_ACTOR=ada"
+        f"export SEQR_POLICY_DATABASE_URL=sqlite:///{folder / 'policy.db'} "
+        f"SEQR_POLICY_PEPPER_FILE={folder / 'policy.pepper'} SEQR_POLICY_ACTOR=ada"
     )
     try:
         while True:

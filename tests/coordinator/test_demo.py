@@ -126,3 +126,10 @@ def test_a_tables_title_is_one_line_above_a_narrow_table() -> None:
     out = io.StringIO()
     Story(Console(file=out, width=110)).table("What happened to the request", ("a", "b"), [("x", "1")])
     assert out.getvalue().splitlines()[0] == "What happened to the request"
+
+
+def test_what_is_to_be_copied_is_never_broken_into_lines() -> None:
+    out = io.StringIO()
+    command = "curl http://127.0.0.1:8080/v1 -H 'Authorization: Bearer " + "k" * 200 + "' [bold]"
+    Story(Console(file=out, width=60)).verbatim(command)
+    assert out.getvalue() == command + "\n"

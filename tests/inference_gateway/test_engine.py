@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from inference_gateway.engine.base import Failed, Finished, GenerationRequest, Tokens
 from inference_gateway.engine.batching_edge import BatchingEdge
 from inference_gateway.engine.transformers_engine import TransformersEngine
+from seqr.models import load_base_model
 from seqr.plan import Plan
+from seqr.routed_linear import adapt_model, adapted
+from seqr.shared_a import verify_a
 from tests.inference_gateway.support import (
     OpenGuard,
     Reference,
@@ -369,3 +373,12 @@ def test_a_pass_whose_cancellation_came_too_early_is_dropped(model_dir: Path, pl
 
     answer, used, steps = serve(model_dir, plan, use, [alpha])
     assert isinstance(answer.end, Finished) and used == 0 and steps < 100
+
+
+def test_an_engine_routes_the_modules_that_read_the_same_together(model_dir: Path, plan: Plan) -> None:
+    model, _ = load_base_model(model_dir, torch.float32, "sdpa")
+    adapt_model(model, plan, verify_a(plan))
+    TransformersEngine(model, plan, OpenGuard(), [2])
+    sites = {spec.name.rpartition(".")[2]: adapted(model, spec.name).site for spec in plan.modules}
+    assert sites["q_proj"] is sites["k_proj"] is sites["v_proj"] is not sites["o_proj"]
+    assert sites["gate_proj"] is sites["up_proj"] is not sites["down_proj"]
