@@ -79,7 +79,7 @@ class LongAnswers:
 
 
 @contextmanager
-def served(app: Any, protocol: type[Bounded], directory: Path, tls: bool = False) -> Iterator[tuple[str, int]]:
+def served(app: Any, protocol: type[Bounded], directory: Path, tls: bool = False) -> Iterator[uvicorn.Server]:
     settings = Settings(
         directory=directory,
         coordinator_url="http://coordinator",
@@ -102,25 +102,31 @@ def served(app: Any, protocol: type[Bounded], directory: Path, tls: bool = False
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield server.servers[0].sockets[0].getsockname()
+        yield server
     finally:
         server.should_exit = True
         thread.join(20)
 
 
+def address_of(server: uvicorn.Server) -> tuple[str, int]:
+    host, port = server.servers[0].sockets[0].getsockname()
+    return host, port
+
+
 @pytest.fixture(params=[WithH11, WithHttptools])
 def address(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     monkeypatch.setattr(serving, "HEADERS_S", PATIENCE_S)
-    with served(slow_echo, request.param, tmp_path) as address:
-        yield address
+    with served(slow_echo, request.param, tmp_path) as server:
+        yield address_of(server)
 
 
 class Readers:
     """Clients that keep almost nothing of an answer which they do not read, over TLS or not."""
 
-    def __init__(self, app: LongAnswers, address: tuple[str, int], tls: bool):
+    def __init__(self, app: LongAnswers, server: uvicorn.Server, tls: bool):
         self.app = app
-        self._address = address
+        self.connections = server.server_state.connections
+        self._address = address_of(server)
         self._tls = tls
 
     def ask(self, path: str) -> socket.socket:
@@ -149,8 +155,8 @@ def readers(request: Any, tmp_path: Path) -> Iterator[Readers]:
     if tls:
         make_certificates(tmp_path)
     app = LongAnswers()
-    with served(app, protocol, tmp_path, tls) as address:
-        yield Readers(app, address, tls)
+    with served(app, protocol, tmp_path, tls) as server:
+        yield Readers(app, server, tls)
 
 
 def opened(address: tuple[str, int]) -> socket.socket:
@@ -234,6 +240,7 @@ def test_readers_that_take_nothing_lose_their_connections_and_others_are_served(
         with suppress(ConnectionError):  # a refusal may come before the question
             assert readers.status().startswith(b"HTTP/1.1 503")
         wait_until(lambda: _without_error(readers.status).startswith(b"HTTP/1.1 200"))
+        wait_until(lambda: not readers.connections)  # before anything is read: who reads keeps its connection
         for connection in stalled:
             with suppress(ConnectionError, ssl.SSLError):
                 while connection.recv(1 << 20):
