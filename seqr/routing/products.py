@@ -11,8 +11,9 @@ equal products in one batched call:
 
 Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_routing_invariance.py
 holds this for every shape that can occur. Between shapes they differ, and by CPU: on an AMD EPYC with AVX2 a product of
-fewer than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two. On
-a GPU each is one product, and a token's bits may differ between batch sizes.
+fewer than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two; and
+on that CPU several threads share the sums of a product that is alone in its call. On a GPU each is one product, and a
+token's bits may differ between batch sizes.
 """
 
 from types import TracebackType
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 ROW_TILE = 16
 COLUMN_BLOCK = 64
 _MAX_ROWS = 512
+# Numbers in a sum. Longer ones, from 960 on where it was seen, are divided among threads if the product is alone.
+_LONG_SUM = 256
 
 
 def project(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ def row_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
         return torch.mm(x, weight)
     tiles = x.view(x.shape[0] // ROW_TILE, ROW_TILE, x.shape[1])
-    return torch.bmm(tiles, weight.expand(tiles.shape[0], *weight.shape)).view(x.shape[0], weight.shape[1])
+    return _products(tiles, weight.expand(tiles.shape[0], *weight.shape)).view(x.shape[0], weight.shape[1])
 
 
 def score_product(features: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -71,8 +74,16 @@ def block_product(features: torch.Tensor, blocks: torch.Tensor, out: torch.Tenso
     if missing:
         features = F.pad(features, (0, 0, 0, missing))
     if features.shape[0] <= _MAX_ROWS:
-        return torch.bmm(features.expand(blocks.shape[0], -1, -1), blocks, out=out)
+        return _products(features.expand(blocks.shape[0], -1, -1), blocks, out)
     return torch.cat([block_product(chunk, blocks) for chunk in torch.split(features, _MAX_ROWS)], dim=1, out=out)
+
+
+def _products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``torch.bmm`` with each product's bits the same in any company, and without any."""
+    if left.shape[0] != 1 or left.shape[2] <= _LONG_SUM or left.device.type != "cpu" or torch.get_num_threads() == 1:
+        return torch.bmm(left, right, out=out)
+    product = torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
+    return product if out is None else out.copy_(product)
 
 
 def column_blocks(columns: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ ROWS = [*range(1, 66), 96, 100, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512
 RANKS = [1, 2, 4, 8, 16, 32, 64]
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 4])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -56,7 +56,7 @@ def test_a_tokens_scores_do_not_depend_on_the_batch(threads: int, rank: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("n", "rank"), [(24, 1), (64, 4), (576, 8), (576, 16), (576, 48), (1536, 16), (4096, 8), (4096, 32)]
+    ("n", "rank"), [(24, 1), (64, 4), (576, 8), (576, 16), (576, 48), (960, 16), (1536, 16), (4096, 8), (4096, 32)]
 )
 def test_a_tokens_z_does_not_depend_on_the_batch(threads: int, n: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(n)
