@@ -158,7 +158,14 @@ def work(run: Run) -> None:
 
     with torch.device(run.device):
         units = Plan(bench_of(run), run.every, run.seeds).units()
-        work_through(units, run.out / "claims", _say, until=run.until)
+        work_through(units, run.out / "claims", _done, until=run.until)
+
+
+def _done(line: str) -> None:
+    import torch
+
+    _say(line)
+    torch.cuda.empty_cache()  # several processes may share a card; without one it does nothing
 
 
 def _say(line: str) -> None:

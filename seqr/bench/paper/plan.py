@@ -1,4 +1,4 @@
-"""What a run measures, in which order: the comparison for every seed, then what explains it."""
+"""What a run measures, in which order: the comparison, router by router for every seed, then what explains it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,8 +9,9 @@ from seqr.bench.paper.measuring import Measuring
 from seqr.bench.paper.units import Unit
 from seqr.bench.paper.workbench import Workbench, training_name
 
-# Routers that are measured for every seed, beside the oracle, the base model and the evidence of the prompt.
-PEERS = ("seqr", "lag", "arrow", "mu", "lorauter")
+# Routers that are measured for every seed, beside the oracle, the base model and the evidence of the prompt; the
+# strongest first, as a run that is cut short should have it.
+PEERS = ("lorauter", "seqr", "lag", "arrow", "mu")
 # Measured for the first seed: they explain, and are not in the comparison.
 EXPLAINING = ("evidence", "seqr_public")
 # SPECTR in its fair form chooses what SEQR chooses, as ``maximising`` checks pair by pair: only in the full run.
@@ -40,6 +41,9 @@ class Plan:
             self._answer("base", task, first, ())
         for seed in self._seeds:
             self._seed(seed)
+        for router in PEERS:
+            for seed in self._seeds:
+                self._peer(router, seed)
         if first in self._seeds:
             for name, cost, after in self.extras.parts(first):
                 self._kept(f"extra/{name}", cost, partial(self.extras.measure, name, first), after)
@@ -74,13 +78,16 @@ class Plan:
             for rule in RULES:
                 name = self.measuring.answer_name(rule, task, seed)
                 self._kept(name, 3_000, partial(self.extras.prompt_evidence, rule, task, seed), after)
-        self._arrays(f"texts/tasks/{seed}", 6_000 * len(tasks), partial(m.task_vectors, seed), ())
-        for task in tasks if seed == self._seeds[0] else ():
-            self._arrays(f"texts/test/{task}", 6_000, partial(m.prompts, task), ())
-        for router in PEERS:
-            for task in tasks:
-                texts = (f"texts/tasks/{seed}", f"texts/test/{task}") if router == "lorauter" else ()
-                self._answer(router, task, seed, (*self._calibrated(seed), *texts))
+
+    def _peer(self, router: str, seed: int) -> None:
+        tasks, m = self.bench.settings.tasks, self.measuring
+        if router == "lorauter":
+            self._arrays(f"texts/tasks/{seed}", 6_000 * len(tasks), partial(m.task_vectors, seed), ())
+            for task in tasks if seed == self._seeds[0] else ():
+                self._arrays(f"texts/test/{task}", 6_000, partial(m.prompts, task), ())
+        for task in tasks:
+            texts = (f"texts/tasks/{seed}", f"texts/test/{task}") if router == "lorauter" else ()
+            self._answer(router, task, seed, (*self._calibrated(seed), *texts))
 
     def _trained(self, seed: int, shared: bool) -> tuple[str, ...]:
         return tuple(training_name(task, seed, shared) for task in self.bench.settings.tasks)
