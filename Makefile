@@ -17,12 +17,13 @@ help:
 
 install: $(STAMP)
 
-# torch comes first and alone: resolved together with the rest, pip may prefer a newer build with CUDA libraries.
+# torch comes first and alone: resolved together with the rest, pip may prefer a newer build with CUDA libraries. What
+# is imported is compiled then; pip would compile all of it, which takes longer than installing it.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
