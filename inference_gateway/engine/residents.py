@@ -5,13 +5,17 @@ from collections.abc import Set
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from inference_gateway.engine.base import AdapterKey
 from inference_gateway.engine.limits import EngineLimits
 from inference_gateway.errors import EngineIncompatible
 from seqr.library import Library, PermissionRows
 from seqr.plan import Plan
-from seqr.routed_linear import join_sites
+from seqr.routed_linear import Site, join_sites
 from seqr.routing.evidence import EvidenceState
+from seqr.routing.features import feature_count
+from seqr.routing.products import unsteady
 
 if TYPE_CHECKING:  # needs Triton
     from inference_gateway.engine.kernel_routing import KernelRouting
@@ -36,6 +40,8 @@ class Residents:
         self.evidence = EvidenceState(len(plan.modules), slots, (), self.library.width, model.device)
         join_sites(model, plan)
         self.kernels = _kernels(model, plan, self.library, limits)
+        if model.device.type == "cpu":
+            _require_steady_products(model, plan)
         self.membership = threading.Lock()
 
     @property
@@ -64,6 +70,17 @@ class Residents:
         """Between two steps: drop a table of permission rows that has grown too long."""
         if self.rows.table.shape[0] > MAX_ROWS:
             self.rows = PermissionRows(self.library)
+
+
+def _require_steady_products(model: Any, plan: Plan) -> None:
+    """Raises ``EngineIncompatible`` where what is computed beside a token could change the token's bits."""
+    sites = {site.a_t.shape: site.a_t for site in model.modules() if isinstance(site, Site)}
+    shares = (torch.randn(plan.rank, outputs) for outputs in {module.out_features for module in plan.modules})
+    if found := unsteady([*sites.values(), *shares], feature_count(plan.rank)):
+        raise EngineIncompatible(
+            f"on this processor, with {torch.get_num_threads()} threads, {found} has other bits alone than beside "
+            "others, so answers could depend on who else asks; set threads = 1"
+        )
 
 
 def _kernels(model: Any, plan: Plan, library: Library, limits: EngineLimits) -> "KernelRouting | None":

@@ -16,6 +16,7 @@ on that CPU several threads share the sums of a product that is alone in its cal
 token's bits may differ between batch sizes.
 """
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -84,6 +85,27 @@ def _products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None 
         return torch.bmm(left, right, out=out)
     product = torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
     return product if out is None else out.copy_(product)
+
+
+def unsteady(weights: Iterable[torch.Tensor], features: int) -> str | None:
+    """A product for which the above does not hold, on this CPU with this number of threads; None where it was not seen.
+
+    weights: what ``row_product`` will be given, fp32 [n, m]; features: F of ``score_product``. Some milliseconds each.
+    """
+    dice = torch.Generator().manual_seed(0)
+    for weight in weights:
+        x = torch.randn(8 * ROW_TILE, weight.shape[0], generator=dice)
+        beside_others = row_product(x, weight)
+        for rows in (ROW_TILE, 2 * ROW_TILE, 3 * ROW_TILE):
+            if not torch.equal(row_product(x[-rows:], weight), beside_others[-rows:]):
+                return f"a product of {rows} rows by {weight.shape[0]} x {weight.shape[1]}"
+    rows_of_features = torch.randn(ROW_TILE, features, generator=dice)
+    blocks = torch.randn(8, features, COLUMN_BLOCK, generator=dice)
+    beside_others = block_product(rows_of_features, blocks)
+    for count in (1, 2, 3):
+        if not torch.equal(block_product(rows_of_features, blocks[-count:]), beside_others[-count:]):
+            return f"a product of {features} features by {count} x {COLUMN_BLOCK} adapters"
+    return None
 
 
 def column_blocks(columns: torch.Tensor) -> torch.Tensor:

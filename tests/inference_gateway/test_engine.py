@@ -12,6 +12,7 @@ import torch
 from inference_gateway.engine.base import Failed, Finished, GenerationRequest, Tokens
 from inference_gateway.engine.batching_edge import BatchingEdge
 from inference_gateway.engine.transformers_engine import TransformersEngine
+from inference_gateway.errors import EngineIncompatible
 from seqr.models import load_base_model
 from seqr.plan import Plan
 from seqr.routed_linear import adapt_model, adapted
@@ -21,6 +22,7 @@ from tests.inference_gateway.support import (
     Reference,
     Resident,
     ask,
+    build_engine,
     cached_numbers,
     prompts,
     resident,
@@ -382,3 +384,16 @@ def test_an_engine_routes_the_modules_that_read_the_same_together(model_dir: Pat
     sites = {spec.name.rpartition(".")[2]: adapted(model, spec.name).site for spec in plan.modules}
     assert sites["q_proj"] is sites["k_proj"] is sites["v_proj"] is not sites["o_proj"]
     assert sites["gate_proj"] is sites["up_proj"] is not sites["down_proj"]
+
+
+def test_a_processor_whose_products_depend_on_their_company_is_refused(
+    model_dir: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.bmm
+
+    def bmm_that_minds(left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        return real(left, right, **out) * (1 + 2**-22 if left.shape[0] < 4 else 1)
+
+    monkeypatch.setattr(torch, "bmm", bmm_that_minds)
+    with pytest.raises(EngineIncompatible, match=r"with \d+ threads, a product of 16 rows by \d+ x \d+ has other bits"):
+        build_engine(model_dir, plan)

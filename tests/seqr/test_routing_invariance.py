@@ -1,15 +1,16 @@
 """A token's route depends on the token and on the adapters it may use: not on its neighbours, not to the last bit.
 
-These tests hold bit equality for the BLAS of this machine; a machine where they fail must not serve.
+These tests hold bit equality for the BLAS of this machine; a gateway looks whether it holds where it runs.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from seqr.routing.features import feature_count
-from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, project, score_product
+from seqr.routing.products import COLUMN_BLOCK, ROW_TILE, project, score_product, unsteady
 
 ROWS = [*range(1, 66), 96, 100, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513, 600, 1025]
 RANKS = [1, 2, 4, 8, 16, 32, 64]
@@ -83,3 +84,23 @@ def test_z_of_a_transposed_x_is_z_of_its_copy() -> None:
     x = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).T
     a_t = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(bits(project(x, a_t)), bits(project(x.contiguous(), a_t)))
+
+
+def test_a_machine_whose_products_depend_on_their_company_is_found_out(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [torch.randn(576, 16), torch.randn(16, 576)]
+    assert unsteady(weights, 136) is None
+    real = torch.bmm
+
+    def bmm_that_minds(narrowest: int, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        product = real(left, right, **out)
+        return product.mul_(1 + 2**-22) if left.shape[0] < 4 and right.shape[2] >= narrowest else product
+
+    for narrowest, found in (
+        (1, "a product of 16 rows by 576 x 16"),
+        (65, "a product of 16 rows by 16 x 576"),
+        (64, "a product of 136 features by 1 x 64 adapters"),
+    ):
+        monkeypatch.setattr(torch, "bmm", partial(bmm_that_minds, narrowest))
+        assert unsteady(weights if narrowest != 64 else [], 136) == found
