@@ -1,6 +1,8 @@
 """``seqr demo``: the whole product on one machine with one command."""
 
+import json
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -70,7 +72,7 @@ def demo(
         chapters.delete(story, federation, cast)
         story.say(f"\nThe whole story took {story.elapsed:.0f} s.")
         if keep:
-            _keep(story, federation)
+            _keep(story, federation, cast.questions[-1].text)
     finally:
         # An impatient second Ctrl-C must not leave services behind.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,7 +82,7 @@ def demo(
             shutil.rmtree(root, ignore_errors=True)
 
 
-def _keep(story: "Story", federation: "Federation") -> None:
+def _keep(story: "Story", federation: "Federation", question: str) -> None:
     key = federation.new_key("alice", "chat")
     url = federation.world.gateway_url
     story.chapter("The services keep running until Ctrl-C")
@@ -89,9 +91,14 @@ def _keep(story: "Story", federation: "Federation") -> None:
     folder = federation.world.coordinator
     story.say("An analyst: log in to the playground with this key, or ask from a shell.")
     story.verbatim(f"{url}/\n{key}")
+    request = {
+        "model": federation.model.name,
+        "messages": [{"role": "user", "content": question}],
+        "seqr": {"attribution": True},
+    }
     story.verbatim(
         f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{federation.model.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+        f"-d {shlex.quote(json.dumps(request))}"
     )
     story.say("An admin, who is privacy officer here, too: seqr coordinator silos, … deletion list; seqr policy …")
     story.verbatim(
