@@ -91,6 +91,48 @@ def _score_row(product: Floats, t: int, offset: Floats, score: Floats) -> None:
 
 
 @_compiled
+def _best_two(
+    product: Floats,
+    t: int,
+    offset: Floats,
+    permitted: Flags,
+    score: Floats,
+    best: Floats,
+    second: Floats,
+    block_of: npt.NDArray[np.int32],
+) -> tuple[np.float32, np.float32, int]:
+    """The best score of one token, the next best, and the lowest column that has the best, -1 for none.
+
+    product, offset, permitted as for ``choose_per_token``. score [N] is where the scores are put, -inf where one is not
+    permitted or no number; best, second and block_of [64] are scratch: lane j sees the columns j, 64 + j, 128 + j, ...,
+    and no comparison waits for another lane's, so that the processor makes many at once.
+    """
+    best[:], second[:], block_of[:] = NOTHING, NOTHING, 0
+    for block in range(product.shape[0]):
+        start = block * BLOCK
+        for j in range(BLOCK):
+            q = product[block, t, j]
+            s = np.sqrt(LEAST if q < LEAST else q) - offset[start + j]
+            s = s if permitted[t, start + j] and s < np.inf else NOTHING
+            score[start + j] = s
+            before = best[j]
+            higher = s > before
+            lower = before if higher else s
+            best[j] = s if higher else before
+            block_of[j] = block if higher else block_of[j]
+            second[j] = lower if lower > second[j] else second[j]
+    lane = 0
+    for j in range(1, BLOCK):
+        if best[j] > best[lane] or (best[j] == best[lane] and block_of[j] < block_of[lane]):
+            lane = j
+    following = second[lane]
+    for j in range(BLOCK):
+        if j != lane and best[j] > following:
+            following = best[j]
+    return best[lane], following, block_of[lane] * BLOCK + lane if best[lane] > NOTHING else -1
+
+
+@_compiled
 def _true_score(r: Floats, z: Floats, mu: float, sigma: float, y: Doubles) -> float:
     """``seqr.routing.exact.true_scores`` of one pair: r [r, r], z [r]; y [r] is scratch."""
     total = 0.0
@@ -147,18 +189,10 @@ def _choose_per_token(
     """
     width, rank = offset.shape[0], z.shape[1]
     lowest, widest, slope, floor = limits[0], limits[1], limits[2], limits[3]
-    score, y = np.empty(width, np.float32), np.empty(rank, np.float64)
+    score, y, lanes = np.empty(width, np.float32), np.empty(rank, np.float64), np.empty((2, BLOCK), np.float32)
+    block = np.empty(BLOCK, np.int32)
     for t in range(z.shape[0]):
-        _score_row(product, t, offset, score)
-        for n in range(width):
-            score[n] = score[n] if permitted[t, n] and score[n] < np.inf else NOTHING
-        best, second, at = NOTHING, NOTHING, -1
-        for n in range(width):
-            if score[n] > second:
-                if score[n] > best:
-                    second, best, at = best, score[n], n
-                else:
-                    second = score[n]
+        best, second, at = _best_two(product, t, offset, permitted, score, lanes[0], lanes[1], block)
         column[t] = at
         if at < 0 or not exact:
             continue

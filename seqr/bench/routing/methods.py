@@ -11,7 +11,7 @@ import torch
 
 from seqr.bench.routing.adapters import Shelf
 from seqr.routing.features import feature_count
-from seqr.routing.per_token import Gate, route_activations
+from seqr.routing.per_token import Gate, Together, route_together
 from seqr.routing.products import ExactFp32, project
 
 LAG_K = 20
@@ -205,10 +205,10 @@ class _Weights:
         return run
 
     def ours(self, exact: bool) -> Callable[[], torch.Tensor]:
-        """The product: ``project`` and ``route_activations``, as the routed Linear calls them."""
-        a_t, x, shelf, gate = self.a.contiguous().T, self.x, self.shelf, Gate(self.permitted)
-        truth = shelf.truth if exact else None
-        return lambda: route_activations(project(x, a_t)[: x.shape[0]], shelf.columns, gate, truth)
+        """The product: ``project`` and ``route_together``, as the routed Linear calls them for a site of one module."""
+        a_t, x, gate = self.a.contiguous().T, self.x, Gate(self.permitted)
+        modules = Together((self.shelf.columns,), (self.shelf.truth,) if exact else ())
+        return lambda: route_together(project(x, a_t)[None, : x.shape[0]], modules, gate)[0]
 
     def choose(self, score: torch.Tensor) -> torch.Tensor:
         """The permitted argmax in the way that is fastest for all: largest of each block first. Spoils ``score``."""
