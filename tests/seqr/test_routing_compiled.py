@@ -12,8 +12,8 @@ from seqr.bench.routing.adversary import assorted
 from seqr.routed_linear import add_rows
 from seqr.routing import compiled, evidence, per_token
 from seqr.routing.evidence import EvidencePass, EvidenceState, Spans
-from seqr.routing.features import features
-from seqr.routing.per_token import Gate, route_activations
+from seqr.routing.features import feature_count, features
+from seqr.routing.per_token import Columns, Gate, route_activations
 from seqr.routing.products import block_product
 
 
@@ -38,6 +38,17 @@ def test_per_token_choices_are_torchs(monkeypatch: pytest.MonkeyPatch, tokens: i
     torchs(monkeypatch)
     assert torch.equal(mine, route_activations(z, shelf.columns, gate, truth))
     assert int(mine[tokens // 2]) == -1
+
+
+def test_of_adapters_that_score_the_same_the_lowest_permitted_column_is_chosen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = Columns(torch.ones(5, feature_count(4), 64), torch.zeros(320))
+    permitted = torch.rand(40, 320, generator=generator) < torch.rand(40, 1, generator=generator) ** 4
+    permitted[:, 0] = False
+    column = route_activations(torch.randn(40, 4, generator=generator), columns, Gate(permitted))
+    lowest = torch.where(permitted.any(1), permitted.to(torch.int8).argmax(1), -1)
+    assert torch.equal(column, lowest)
+    assert len(set(lowest.tolist())) > 10
 
 
 def test_evidence_and_its_choices_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
