@@ -41,7 +41,7 @@ class Residents:
         join_sites(model, plan)
         self.kernels = _kernels(model, plan, self.library, limits)
         if model.device.type == "cpu":
-            _require_steady_products(model, plan)
+            _require_steady_products(model, plan, limits.deterministic)
         self.membership = threading.Lock()
 
     @property
@@ -72,14 +72,15 @@ class Residents:
             self.rows = PermissionRows(self.library)
 
 
-def _require_steady_products(model: Any, plan: Plan) -> None:
+def _require_steady_products(model: Any, plan: Plan, deterministic: bool) -> None:
     """Raises ``EngineIncompatible`` where what is computed beside a token could change the token's bits."""
     sites = {site.a_t.shape: site.a_t for site in model.modules() if isinstance(site, Site)}
     shares = (torch.randn(plan.rank, outputs) for outputs in {module.out_features for module in plan.modules})
-    if found := unsteady([*sites.values(), *shares], feature_count(plan.rank)):
+    if found := unsteady([*sites.values(), *shares], feature_count(plan.rank), deterministic):
+        way = "set threads = 1" + (", and if that does not help deterministic = false" if deterministic else "")
         raise EngineIncompatible(
             f"on this processor, with {torch.get_num_threads()} threads, {found} has other bits alone than beside "
-            "others, so answers could depend on who else asks; set threads = 1"
+            f"others, so answers could depend on who else asks; {way}"
         )
 
 

@@ -11,9 +11,8 @@ equal products in one batched call:
 
 Within one shape a column's (and a row's) bits depend on its own numbers only; tests/seqr/test_routing_invariance.py
 holds this for every shape that can occur. Between shapes they differ, and by CPU: on an AMD EPYC with AVX2 a product of
-fewer than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two; and
-on that CPU several threads share the sums of a product that is alone in its call. On a GPU each is one product, and a
-token's bits may differ between batch sizes.
+fewer than 8 rows adds in another order than a larger one, which an Intel CPU with AVX-512 does from one row to two. On
+a GPU each is one product, and a token's bits may differ between batch sizes.
 """
 
 from collections.abc import Iterable
@@ -26,8 +25,6 @@ import torch.nn.functional as F
 ROW_TILE = 16
 COLUMN_BLOCK = 64
 _MAX_ROWS = 512
-# Numbers in a sum. Longer ones, from 960 on where it was seen, are divided among threads if the product is alone.
-_LONG_SUM = 256
 
 
 def project(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
@@ -80,17 +77,27 @@ def block_product(features: torch.Tensor, blocks: torch.Tensor, out: torch.Tenso
 
 
 def _products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``torch.bmm`` with each product's bits the same in any company, and without any."""
-    if left.shape[0] != 1 or left.shape[2] <= _LONG_SUM or left.device.type != "cpu" or torch.get_num_threads() == 1:
+    """``torch.bmm`` with each product's bits the same in any company, and without any.
+
+    A BLAS may let several threads share one product, and add in another order then, where a call has fewer products
+    than there are threads: MKL does, with AVX2 and with AVX-512. So a call never has fewer.
+    """
+    count, threads = left.shape[0], torch.get_num_threads()
+    if count >= threads or count == 0 or left.device.type != "cpu":
         return torch.bmm(left, right, out=out)
-    product = torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
+    if count == 1:
+        product = torch.bmm(left.expand(threads, -1, -1), right.expand(threads, -1, -1))[:1]
+    else:
+        more = [torch.cat((side, side[:1].expand(threads - count, -1, -1))) for side in (left, right)]
+        product = torch.bmm(*more)[:count]
     return product if out is None else out.copy_(product)
 
 
-def unsteady(weights: Iterable[torch.Tensor], features: int) -> str | None:
+def unsteady(weights: Iterable[torch.Tensor], features: int, any_batch: bool = False) -> str | None:
     """A product for which the above does not hold, on this CPU with this number of threads; None where it was not seen.
 
-    weights: what ``row_product`` will be given, fp32 [n, m]; features: F of ``score_product``. Some milliseconds each.
+    weights: what ``row_product`` will be given, fp32 [n, m]; features: F of ``score_product``, whose bits must be the
+    same beside other adapters, and with ``any_batch`` beside other tokens. Some milliseconds each.
     """
     dice = torch.Generator().manual_seed(0)
     for weight in weights:
@@ -99,12 +106,15 @@ def unsteady(weights: Iterable[torch.Tensor], features: int) -> str | None:
         for rows in (ROW_TILE, 2 * ROW_TILE, 3 * ROW_TILE):
             if not torch.equal(row_product(x[-rows:], weight), beside_others[-rows:]):
                 return f"a product of {rows} rows by {weight.shape[0]} x {weight.shape[1]}"
-    rows_of_features = torch.randn(ROW_TILE, features, generator=dice)
     blocks = torch.randn(8, features, COLUMN_BLOCK, generator=dice)
-    beside_others = block_product(rows_of_features, blocks)
-    for count in (1, 2, 3):
-        if not torch.equal(block_product(rows_of_features, blocks[-count:]), beside_others[-count:]):
-            return f"a product of {features} features by {count} x {COLUMN_BLOCK} adapters"
+    of_tokens = torch.randn(_MAX_ROWS, features, generator=dice)
+    for rows in (ROW_TILE, 4 * ROW_TILE):
+        beside_others = block_product(of_tokens[:rows], blocks)
+        for count in (1, 2, 3):
+            if not torch.equal(block_product(of_tokens[:rows], blocks[-count:]), beside_others[-count:]):
+                return f"a product of {rows} rows of {features} features by {count} x {COLUMN_BLOCK} adapters"
+        if any_batch and not torch.equal(block_product(of_tokens, blocks)[:, :rows], beside_others):
+            return f"a product of {rows} rows of {features} features"
     return None
 
 

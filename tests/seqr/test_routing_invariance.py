@@ -95,12 +95,26 @@ def test_a_machine_whose_products_depend_on_their_company_is_found_out(
 
     def bmm_that_minds(narrowest: int, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
         product = real(left, right, **out)
-        return product.mul_(1 + 2**-22) if left.shape[0] < 4 and right.shape[2] >= narrowest else product
+        return product.mul_(1 + 2**-22) if left.shape[0] < 8 and right.shape[2] >= narrowest else product
 
     for narrowest, found in (
         (1, "a product of 16 rows by 576 x 16"),
         (65, "a product of 16 rows by 16 x 576"),
-        (64, "a product of 136 features by 1 x 64 adapters"),
+        (64, "a product of 16 rows of 136 features by 1 x 64 adapters"),
     ):
         monkeypatch.setattr(torch, "bmm", partial(bmm_that_minds, narrowest))
         assert unsteady(weights if narrowest != 64 else [], 136) == found
+
+
+def test_a_machine_whose_scores_depend_on_the_number_of_tokens_is_found_out_where_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = torch.bmm
+
+    def bmm_that_minds(left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        return real(left, right, **out) * (1 + 2**-22 if left.shape[1] < 64 else 1)
+
+    assert unsteady([], 136, any_batch=True) is None
+    monkeypatch.setattr(torch, "bmm", bmm_that_minds)
+    assert unsteady([], 136) is None
+    assert unsteady([], 136, any_batch=True) == "a product of 16 rows of 136 features"
