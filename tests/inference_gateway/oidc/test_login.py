@@ -10,7 +10,7 @@ import pytest
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from tests.inference_gateway.conftest import HOW, Running
+from tests.inference_gateway.conftest import HOW, Running, wait_until
 from tests.inference_gateway.oidc.browser import OWN_PAGE, Browser, query
 from tests.inference_gateway.oidc.conftest import Clock, Opening
 from tests.inference_gateway.oidc.provider import CLIENT, Provider, Signer
@@ -265,14 +265,18 @@ def test_codes_tokens_and_secrets_are_in_no_log_line(house: Running, provider: P
         back = browser.begin()
         cookie = browser.http.cookies["seqr-login"]
         caplog.clear()
-        # The browser of this test logs the addresses it opens; the gateway's own lines are looked at.
+
+        def mine() -> list[str]:
+            """The gateway's own lines: the browser of this test logs the addresses it opens."""
+            lines = [str(record.__dict__) for record in list(caplog.records)]
+            return [line for line in lines if "/auth/callback?" not in line and "httpcore" not in line]
+
         browser.come_back(back)
-        lines = [str(record.__dict__) for record in caplog.records]
-        mine = [line for line in lines if "/auth/callback?" not in line and "httpcore" not in line]
-        assert any("'route': '/auth/callback'" in line and "'user': 'alice'" in line for line in mine)
+        # The line is written when the answer has gone, which may be after the browser has it.
+        wait_until(lambda: any("'route': '/auth/callback'" in line and "'user': 'alice'" in line for line in mine()))
         code, verifier = provider.forms[-1]["code"], provider.forms[-1]["code_verifier"]
         for secret in (code, verifier, cookie, browser.session, query(back)["state"]):
-            assert secret and not any(secret in line for line in mine)
+            assert secret and not any(secret in line for line in mine())
 
 
 def test_nobody_is_made_by_logging_in(house: Running, provider: Provider) -> None:
