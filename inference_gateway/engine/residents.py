@@ -75,7 +75,9 @@ class Residents:
 def _require_steady_products(model: Any, plan: Plan, deterministic: bool) -> None:
     """Raises ``EngineIncompatible`` where what is computed beside a token could change the token's bits."""
     sites = {site.a_t.shape: site.a_t for site in model.modules() if isinstance(site, Site)}
-    shares = (torch.randn(plan.rank, outputs) for outputs in {module.out_features for module in plan.modules})
+    dice = torch.Generator().manual_seed(0)  # the process's own stays where it is
+    widths = sorted({module.out_features for module in plan.modules})
+    shares = (torch.randn(plan.rank, outputs, generator=dice) for outputs in widths)
     if found := unsteady([*sites.values(), *shares], feature_count(plan.rank), deterministic):
         way = "set threads = 1" + (", and if that does not help deterministic = false" if deterministic else "")
         raise EngineIncompatible(
